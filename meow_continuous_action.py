@@ -1,0 +1,697 @@
+"""MEow: maximum-entropy reinforcement learning with an energy-based normalizing flow, in one file.
+
+Chao, Feng, Sun, Lee, See and Lee, "Maximum Entropy Reinforcement Learning via Energy-Based Normalizing
+Flow", NeurIPS 2024, https://arxiv.org/abs/2405.13629
+
+    python meow_continuous_action.py --env-id Ant-v4
+
+One flow g(.|s): a -> u, conditioned on the state, is the policy, the soft Q-function and the soft value at
+once. The part of its log-density that depends on the action is Q / alpha, the rest is -V / alpha, so that
+V(s) = alpha log int exp(Q(s,a) / alpha) da holds exactly, with nothing sampled. B: batch, O: obs, D: action.
+
+    equation                                                                    here
+    (1)  u = z / sigma(s),  z = couplings(atanh a),  u ~ N(0, I)                MEow.energy
+    (2)  Q_i(s,a) = alpha [-|u|^2 / 2 - sum log(1 - a^2) + b_i(s)]              MEow.q
+    (3)  V_i(s)   = alpha [D log(2 pi) / 2 + sum log sigma(s) + b_i(s)]         SoftValue.forward, MEow.v
+    (4)  log pi(a|s) = (Q_i(s,a) - V_i(s)) / alpha,  the same for i = 1, 2      MEow.log_prob
+    (5)  a = tanh(couplings^-1(sigma(s) u)),  u ~ N(0, I), or u = 0             MEow.sample
+    (6)  y = r + gamma (1 - d) min_i V_i'(s'),  L = mean (Q_i(s,a) - y)^2       make_update
+
+Only the sigma-net and the two learnable reward shifts b_i enter V, so only they have a target copy V', and
+one pass of the flow serves both heads. With affine couplings their log-determinant depends on the action:
+it is part of Q, and (3) and (4) stay as they are.
+"""
+
+import copy
+import dataclasses
+import importlib
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import psutil
+import torch
+import torch.nn as nn
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclasses.dataclass
+class Args:
+    exp_name: str = Path(__file__).stem
+    """name of the experiment, part of the run's folder"""
+    env_id: str = "Hopper-v4"
+    """gymnasium id; `module:Name-v0` imports the module first; `dm_control/...` goes through shimmy"""
+    seed: int = 1
+    """seed of the parameters, the environments, the replay samples and the action noise"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """where networks and replay buffer live; auto takes the GPU if there is one"""
+    torch_deterministic: bool = True
+    """use deterministic torch algorithms only: same machine and seed, same numbers"""
+    track: bool = False
+    """log to Weights & Biases too (`WANDB_MODE=offline` needs no account)"""
+    wandb_project_name: str = "meow"
+    """W&B project"""
+    wandb_entity: str | None = None
+    """W&B entity (team)"""
+    capture_video: bool = False
+    """write an mp4 of one episode at every evaluation, under the run's videos/"""
+    evaluate: str | None = None
+    """path of a checkpoint: replay its policy, print the returns and exit"""
+    total_timesteps: int = 1_000_000
+    """environment steps, summed over the environments"""
+    num_envs: int = 1
+    """environments stepped side by side"""
+    utd: float = 1.0
+    """gradient updates per environment step"""
+    buffer_size: int = 1_000_000
+    """transitions that the replay buffer holds"""
+    batch_size: int = 256
+    """transitions in an update"""
+    learning_starts: int = 5_000
+    """environment steps with uniformly random actions before the first update"""
+    gamma: float = 0.99
+    """discount factor"""
+    tau: float = 0.005
+    """Polyak step of the target"""
+    eval_frequency: int = 10_000
+    """environment steps between evaluations; the checkpoint is saved then, too"""
+    eval_episodes: int = 10
+    """episodes of an evaluation; their seeds are the same every time"""
+    deterministic_eval: bool = True
+    """evaluate the deterministic action (Proposition 2: u = 0) rather than samples"""
+    # MEow's own
+    alpha: float = 0.2
+    """temperature: the weight of the entropy"""
+    learning_rate: float = 1e-3
+    """Adam's step size"""
+    max_grad_norm: float = 30.0
+    """the gradient is clipped to this norm"""
+    sigma_min: float = -5.0
+    """lower bound of log sigma(s)"""
+    sigma_max: float = -0.3
+    """upper bound of log sigma(s)"""
+    dropout: float = 0.1
+    """dropout in the coupling nets, in the loss alone"""
+    coupling: Literal["additive", "affine"] = "additive"
+    """form of the four coupling layers"""
+    reward_shift: bool = True
+    """learnable reward shifts b_1, b_2 (without them: the paper's vanilla ablation)"""
+    clipped_double_q: bool = True
+    """the smaller V_i' in the target (without it their mean: the paper's ablation with shifts only)"""
+
+
+# The paper's table 2 for MuJoCo. A v5 id takes the v4 preset. On the goal maps the paper's run (4k steps,
+# tau 0.0005, dropout 0.1, one environment) stops far from its optimum; what changed is in README.md.
+GOAL_MAP = dict(gamma=0.9, tau=0.005, sigma_min=-2.0, sigma_max=1.0, dropout=0.0, num_envs=8)
+GOAL_MAP |= dict(learning_starts=1_000, total_timesteps=20_000, buffer_size=100_000, eval_frequency=2_000)
+PRESETS = {
+    "Hopper-v4": dict(alpha=0.25, total_timesteps=1_500_000),
+    "HalfCheetah-v4": dict(alpha=0.25, tau=0.003, sigma_max=2.0, learning_starts=10_000, total_timesteps=1_500_000),
+    "Walker2d-v4": dict(alpha=0.1, learning_starts=10_000, total_timesteps=4_000_000),
+    "Ant-v4": dict(alpha=0.05, tau=0.0001, total_timesteps=4_000_000),
+    "Humanoid-v4": dict(alpha=0.125, tau=0.0005, total_timesteps=5_000_000),
+    "multigoal:MultiGoal-v0": GOAL_MAP | dict(alpha=2.5),
+    "multigoal:MultiGoalAsymmetric-v0": GOAL_MAP | dict(alpha=10.0, gamma=0.8),
+}
+
+
+EVAL_SEED = 10_000  # evaluation episodes start from seeds 10000, 10001, ..., whatever --seed is
+
+
+class UserError(Exception):
+    """Something that the user can put right; printed as one line, without a traceback."""
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Command line -> Args. Flags given win over the preset of --env-id, or over the args of --evaluate's file."""
+    argv = sys.argv[1:] if argv is None else argv
+    first = tyro.cli(Args, args=[a for a in argv if a not in ("-h", "--help")])
+    if first.evaluate is not None:
+        preset = load_checkpoint(first.evaluate)["args"] | dict(device="auto", track=False, capture_video=False)
+    else:
+        preset = PRESETS.get(re.sub(r"-v5$", "-v4", first.env_id), {})
+    return tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **preset))
+
+
+def check_args(args: Args) -> None:
+    """Raise UserError, naming the flag, its value and its range, before anything is built."""
+    positive = ("total_timesteps", "num_envs", "utd", "batch_size", "eval_frequency", "eval_episodes")
+    positive += ("alpha", "learning_rate", "max_grad_norm")
+    ranges = {name: (0 < getattr(args, name) < math.inf, "above 0 and finite") for name in positive}
+    ranges |= {name: (0 <= getattr(args, name) <= 1, "in [0, 1]") for name in ("gamma", "tau")}
+    ranges["dropout"] = (0 <= args.dropout < 1, "in [0, 1)")
+    ranges["seed"] = (0 <= args.seed < 2**32, "in [0, 2^32)")
+    ranges["sigma_min"] = (
+        -20 <= args.sigma_min < args.sigma_max <= 10,
+        "-20 <= sigma_min < sigma_max <= 10 (logarithms)",
+    )
+    ranges["learning_starts"] = (args.learning_starts >= args.num_envs, "at least --num-envs")
+    ranges["buffer_size"] = (args.buffer_size >= max(args.batch_size, args.num_envs), "at least --batch-size")
+    ranges["device"] = (args.device != "cuda" or torch.cuda.is_available(), "cpu: torch sees no CUDA device")
+    for name, (ok, expected) in ranges.items():
+        if not ok:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {expected}")
+
+
+def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
+    """One environment with observations (O,), actions (D,) in [-1, 1] and episode statistics.
+
+    Any task with a flat Box of observations and a bounded flat Box of actions; the actions are rescaled to the
+    task's own bounds. dm_control's dictionaries of vectors are flattened. Raises UserError for anything else.
+    """
+    dm_control = env_id.startswith("dm_control/")
+    try:
+        if dm_control:
+            gym.register_envs(importlib.import_module("shimmy"))
+        env = gym.make(env_id, render_mode=render_mode)
+    except (gym.error.Error, ImportError) as e:
+        hint = " Does `pip install 'shimmy[dm-control]'` help?" if dm_control else ""
+        raise UserError(f"--env-id {env_id}: {e}{hint}") from e
+    if dm_control:
+        env = gym.wrappers.FlattenObservation(env)
+    obs_space, action_space, problem = env.observation_space, env.action_space, ""
+    if not isinstance(obs_space, gym.spaces.Box) or len(obs_space.shape) != 1:
+        problem = f"observations are {obs_space}; expected a Box of one dimension (no Dict, no images)"
+    elif not isinstance(action_space, gym.spaces.Box) or len(action_space.shape) != 1:
+        problem = f"actions are {action_space}; expected a Box of one dimension (continuous actions)"
+    elif not np.isfinite([action_space.low, action_space.high]).all():
+        problem = f"actions are {action_space}; expected finite bounds (give the task some with a wrapper)"
+    if problem:
+        raise UserError(f"--env-id {env_id}: {problem}")
+    env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    return gym.wrappers.RecordEpisodeStatistics(env)
+
+
+def make_envs(env_id: str, num_envs: int) -> gym.vector.VectorEnv:
+    """`num_envs` environments that reset within the step that ends an episode, the last observation in infos."""
+    mode = gym.vector.AutoresetMode.SAME_STEP
+    return gym.vector.SyncVectorEnv([lambda: make_env(env_id)] * num_envs, autoreset_mode=mode)
+
+
+class Batch(NamedTuple):
+    obs: torch.Tensor  # (B, O)
+    actions: torch.Tensor  # (B, D), in [-1, 1]
+    rewards: torch.Tensor  # (B,)
+    next_obs: torch.Tensor  # (B, O), the true last observation where an episode ended
+    terminations: torch.Tensor  # (B,), 1 where the task ended, 0 at time-outs
+
+
+class ReplayBuffer:
+    """Ring of transitions in preallocated float32 tensors: 4 (2 O + D + 2) bytes each.
+
+    1e6 transitions take 3.1 GB on Humanoid (O 376, D 17), 0.26 GB on Ant (O 27, D 8) and 0.11 GB on Hopper.
+    Raises UserError if that exceeds the free memory of the machine or the GPU.
+    """
+
+    def __init__(self, capacity: int, num_envs: int, obs_dim: int, action_dim: int, device: torch.device):
+        capacity -= capacity % num_envs  # so that one step's transitions never wrap around the end
+        need = 4 * capacity * (2 * obs_dim + action_dim + 2)
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+        if need > free:
+            raise UserError(
+                f"--buffer-size {capacity} needs {need / 1e9:.2f} GB for observations of {obs_dim} and actions of "
+                f"{action_dim} numbers, and {device} has {free / 1e9:.2f} GB free; expected at most "
+                f"{int(capacity * free / need)} transitions"
+            )
+        self.data = Batch(
+            obs=torch.zeros(capacity, obs_dim, device=device),
+            actions=torch.zeros(capacity, action_dim, device=device),
+            rewards=torch.zeros(capacity, device=device),
+            next_obs=torch.zeros(capacity, obs_dim, device=device),
+            terminations=torch.zeros(capacity, device=device),
+        )
+        self.capacity, self.position, self.size = capacity, 0, 0
+
+    def add(self, *transitions) -> None:
+        """Store one step of every environment: the fields of Batch in order, first dimension num_envs."""
+        n = len(transitions[0])
+        for field, value in zip(self.data, transitions, strict=True):
+            field[self.position : self.position + n] = torch.as_tensor(value)
+        self.position = (self.position + n) % self.capacity
+        self.size = min(self.size + n, self.capacity)
+
+    def sample(self, batch_size: int) -> Batch:
+        """Transitions drawn uniformly with replacement."""
+        index = torch.randint(self.size, (batch_size,), device=self.data.obs.device)
+        return Batch(*[field.index_select(0, index) for field in self.data])
+
+
+def swish(x: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
+    """x sigmoid(beta x), with one learnable beta a unit."""
+    return x * (beta * x).sigmoid_()
+
+
+class StateNet(nn.Module):
+    """O -> hidden -> hidden -> out, for sigma and the shifts; zero weights, so the start depends on no state.
+
+    Weights are (in, out): the gradient of a narrow first layer takes a CPU a quarter of the time of nn.Linear's.
+    """
+
+    def __init__(self, obs_dim: int, hidden_dim: int, out_dim: int):
+        super().__init__()
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for n_in, n_out in ((obs_dim, hidden_dim), (hidden_dim, hidden_dim), (hidden_dim, out_dim)):
+            self.weights.append(torch.zeros(n_in, n_out))
+            self.biases.append(torch.empty(n_out).uniform_(-1, 1) / math.sqrt(n_in))  # as nn.Linear draws it
+        self.betas = nn.ParameterList([torch.ones(hidden_dim), torch.ones(hidden_dim)])
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        h = swish(torch.addmm(self.biases[0], obs, self.weights[0]), self.betas[0])  # (B, hidden)
+        h = swish(torch.addmm(self.biases[1], h, self.weights[1]), self.betas[1])  # (B, hidden)
+        return torch.addmm(self.biases[2], h, self.weights[2])  # (B, out)
+
+
+class Coupling(nn.Module):
+    """One coupling layer: z <- b z + (1 - b) (z exp(s) + t), (t, s) = net(b z, obs), s = 0 if additive."""
+
+    def __init__(self, obs_dim: int, action_dim: int, mask: torch.Tensor, affine: bool, hidden_dim: int = 64):
+        super().__init__()
+        self.affine = affine
+        self.register_buffer("mask", mask)  # (D,), b: 1 for what passes unchanged and conditions the rest
+        self.register_buffer("free", 1 - mask)  # (D,), 1 - b
+        self.linear1 = nn.Linear(action_dim + obs_dim, hidden_dim)
+        self.linear2 = nn.Linear(hidden_dim, hidden_dim)
+        self.linear3 = nn.Linear(hidden_dim, (1 + affine) * action_dim)
+        self.norm1, self.norm2 = nn.LayerNorm(hidden_dim), nn.LayerNorm(hidden_dim)
+        self.beta1, self.beta2 = nn.Parameter(torch.ones(hidden_dim)), nn.Parameter(torch.ones(hidden_dim))
+        for layer in (self.linear1, self.linear2, self.linear3):
+            nn.init.orthogonal_(layer.weight)
+
+    def net(self, z: torch.Tensor, obs: torch.Tensor, drop: torch.Tensor | None):
+        """t and s (None if additive), each (B, D) and zero where b = 1. drop: dropout masks (2, B, 64) or None."""
+        h = torch.cat([self.mask * z, obs], -1)  # (B, D + O)
+        h = swish(self.norm1(self.linear1(h)), self.beta1)  # (B, 64)
+        h = h if drop is None else h * drop[0]
+        h = swish(self.norm2(self.linear2(h)), self.beta2)  # (B, 64)
+        h = h if drop is None else h * drop[1]
+        h = self.linear3(h)  # (B, D), or (B, 2 D) if affine
+        if not self.affine:
+            return self.free * h, None
+        t, s = h.chunk(2, -1)
+        return self.free * t, self.free * torch.tanh(s)  # exp(s) in [1/e, e]
+
+    def forward(self, z: torch.Tensor, obs: torch.Tensor) -> torch.Tensor:
+        """Sampling direction, z (B, D)."""
+        t, s = self.net(z, obs, None)
+        return z + t if s is None else z * s.exp() + t
+
+    def inverse(self, z: torch.Tensor, obs: torch.Tensor, drop: torch.Tensor | None):
+        """Density direction. Returns z (B, D) and the log-determinant, (B,) or 0 if additive."""
+        t, s = self.net(z, obs, drop)
+        return (z - t, 0.0) if s is None else ((z - t) * (-s).exp(), -s.sum(-1))
+
+
+class SoftValue(nn.Module):
+    """Everything that V depends on: the sigma-net and the shifts b_1, b_2. The target is a copy of this alone."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.alpha, self.sigma_min, self.sigma_max = args.alpha, args.sigma_min, args.sigma_max
+        self.log_normalizer = 0.5 * action_dim * math.log(2 * math.pi)  # of the prior N(0, I)
+        self.sigma_net = StateNet(obs_dim, 64, action_dim)
+        self.shift_nets = nn.ModuleList([StateNet(obs_dim, 256, 1) for _ in range(2 * args.reward_shift)])
+
+    def log_sigma(self, obs: torch.Tensor) -> torch.Tensor:
+        """log sigma(s), (B, D), in [sigma_min, sigma_max]."""
+        return self.sigma_min + 0.5 * (self.sigma_max - self.sigma_min) * (torch.tanh(self.sigma_net(obs)) + 1)
+
+    def shifts(self, obs: torch.Tensor) -> torch.Tensor:
+        """b_1(s), b_2(s): (B, 2); zeros without the reward shift."""
+        if len(self.shift_nets) == 0:
+            return obs.new_zeros(*obs.shape[:-1], 2)
+        return torch.cat([net(obs) for net in self.shift_nets], -1)
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        """V_1(s), V_2(s): (B, 2), equation (3)."""
+        log_sigma = self.log_sigma(obs).sum(-1, keepdim=True)  # (B, 1)
+        return self.alpha * (self.log_normalizer + log_sigma + self.shifts(obs))
+
+
+class MEow(nn.Module):
+    """Policy, soft Q-functions and soft values of one flow. Observations (B, O), actions (B, D) in [-1, 1]."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.alpha, self.obs_dim, self.action_dim = args.alpha, obs_dim, action_dim
+        mask = (torch.arange(action_dim) + 1) % 2 * 1.0  # b = 1, 0, 1, 0, ...
+        masks = (mask, 1 - mask, mask, 1 - mask)  # in the order of sampling
+        self.couplings = nn.ModuleList([Coupling(obs_dim, action_dim, b, args.coupling == "affine") for b in masks])
+        self.value = SoftValue(obs_dim, action_dim, args)
+
+    def sample(self, obs: torch.Tensor, deterministic: bool = False) -> torch.Tensor:
+        """Actions (B, D), equation (5): the flow of a draw from the prior, or of its mode if deterministic."""
+        sigma = self.value.log_sigma(obs).exp()  # (B, D)
+        u = torch.zeros_like(sigma) if deterministic else torch.randn_like(sigma)  # (B, D)
+        z = sigma * u
+        for coupling in self.couplings:
+            z = coupling(z, obs)
+        return torch.tanh(z)
+
+    def energy(self, obs: torch.Tensor, action: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
+        """The part of log pi(a|s) that depends on a, (B,): equation (1), Q_i / alpha - b_i.
+
+        drop: dropout masks (4, 2, B, 64) for the coupling nets, in the loss alone; without them there is no dropout.
+        """
+        action = action.clamp(-1 + 1e-5, 1 - 1e-5)
+        log_plus, log_minus = torch.log1p(action), torch.log1p(-action)  # exact near |a| = 1, unlike 1 - a^2
+        z = 0.5 * (log_plus - log_minus)  # atanh a
+        log_det = -(log_plus + log_minus).sum(-1)  # -sum log(1 - a^2), (B,)
+        for k in reversed(range(len(self.couplings))):
+            z, coupling_log_det = self.couplings[k].inverse(z, obs, None if drop is None else drop[k])
+            log_det = log_det + coupling_log_det
+        u = z * (-self.value.log_sigma(obs)).exp()  # (B, D)
+        return log_det - 0.5 * u.square().sum(-1)
+
+    def q(self, obs: torch.Tensor, action: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
+        """Q_1(s,a), Q_2(s,a): (B, 2), equation (2). One pass of the flow; the heads differ by their shifts."""
+        return self.alpha * (self.energy(obs, action, drop)[..., None] + self.value.shifts(obs))
+
+    def v(self, obs: torch.Tensor) -> torch.Tensor:
+        """V_1(s), V_2(s): (B, 2), exactly alpha log int exp(Q_i / alpha) da, equation (3)."""
+        return self.value(obs)
+
+    def log_prob(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """log pi(a|s): (B,), equation (4)."""
+        log_sigma = self.value.log_sigma(obs).sum(-1)
+        return self.energy(obs, action) - log_sigma - self.value.log_normalizer
+
+
+LOSSES = ("qf_loss", "qf1_loss", "qf2_loss", "q1", "q2", "target", "grad_norm")
+
+
+def flatten_parameters(module: nn.Module) -> nn.Parameter:
+    """Move the parameters and gradients of `module` into one vector, of which they become views, and return it.
+
+    Gradient norm, Adam and Polyak averaging are then one operation each instead of one a parameter.
+    """
+    params = list(module.parameters())
+    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in params]))
+    flat.grad = torch.zeros_like(flat)
+    sizes = [p.numel() for p in params]
+    for p, values, grad in zip(params, flat.data.split(sizes), flat.grad.split(sizes), strict=True):
+        p.data, p.grad = values.view_as(p), grad.view_as(p)
+    return flat
+
+
+def dropout_masks(batch_size: int, p: float, device: torch.device) -> torch.Tensor | None:
+    """Masks (4, 2, B, 64) for the coupling nets, 0 with probability p, else 1 / (1 - p); None if p is 0.
+
+    All in one draw, 16 random bits an element: four elements a 64-bit number, an eighth of the cost of nn.Dropout.
+    """
+    if p == 0:
+        return None
+    bits = torch.empty(4, 2, batch_size, 64 // 4, dtype=torch.int64, device=device).random_(-(2**63), None)
+    return bits.view(torch.int16).ge(round(p * 2**16) - 2**15).float().div_(1 - p)
+
+
+def make_update(agent: MEow, args: Args):
+    """Returns update(batch) -> statistics (7,), named in LOSSES: one gradient step of equation (6).
+
+    Also returns what it changes besides the agent's parameters: the target V' and the optimiser.
+    """
+    target = copy.deepcopy(agent.value).requires_grad_(False)
+    flow_params, value_params = flatten_parameters(agent.couplings), flatten_parameters(agent.value)
+    target_params = flatten_parameters(target).detach()
+    optimizer = torch.optim.Adam([flow_params, value_params], lr=args.learning_rate, fused=True)
+
+    def update(batch: Batch) -> torch.Tensor:
+        with torch.no_grad():
+            next_v = target(batch.next_obs)  # (B, 2)
+            next_v = next_v.amin(-1) if args.clipped_double_q else next_v.mean(-1)  # (B,)
+            y = batch.rewards + args.gamma * (1 - batch.terminations) * next_v  # (B,)
+        drop = dropout_masks(len(y), args.dropout, y.device)  # (4, 2, B, 64) or None
+        q = agent.q(batch.obs, batch.actions, drop)  # (B, 2)
+        qf_loss = (q - y[:, None]).square().mean(0)  # (2,)
+        loss = qf_loss.mean()
+
+        optimizer.zero_grad(set_to_none=False)
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_([flow_params, value_params], args.max_grad_norm)
+        optimizer.step()
+        target_params.lerp_(value_params, args.tau)  # V' <- V' + tau (V - V')
+        return torch.cat([torch.stack([loss, *qf_loss, *q.mean(0), y.mean()]).detach(), grad_norm[None]])
+
+    return update, target, optimizer
+
+
+@torch.no_grad()
+def evaluate(agent: MEow, envs: gym.vector.VectorEnv, deterministic: bool, device: torch.device):
+    """One episode in each of `envs`, the same ones every time. Returns their returns (E,) and lengths (E,)."""
+    obs, _ = envs.reset(seed=EVAL_SEED)
+    returns, lengths = np.zeros(envs.num_envs), np.zeros(envs.num_envs, dtype=np.int64)
+    active = np.ones(envs.num_envs, dtype=bool)  # an environment that is done goes on, but no longer counts
+    while active.any():
+        actions = agent.sample(torch.as_tensor(obs, dtype=torch.float32, device=device), deterministic)
+        obs, rewards, terminations, truncations, _ = envs.step(actions.cpu().numpy())
+        returns += rewards * active
+        lengths += active
+        active &= ~(terminations | truncations)
+    return returns, lengths
+
+
+@torch.no_grad()
+def record_video(agent: MEow, args: Args, folder: Path, name: str, device: torch.device) -> None:
+    """Write the first evaluation episode to folder/name-episode-0.mp4. Raises UserError without a GL backend."""
+    env = make_env(args.env_id, render_mode="rgb_array")
+    try:
+        env.reset(seed=EVAL_SEED)
+        env.render()
+    except Exception as e:  # each renderer raises its own: mujoco.FatalError, ImportError, AttributeError, ...
+        hint = "apt-get install libegl1 and set MUJOCO_GL=egl, or libosmesa6 and MUJOCO_GL=osmesa"
+        raise UserError(f"--capture-video: {args.env_id} cannot draw here ({e}); without a screen, {hint}") from e
+    env = gym.wrappers.RecordVideo(env, str(folder), name_prefix=name, disable_logger=True)
+    obs, _ = env.reset(seed=EVAL_SEED)
+    done = False
+    while not done:
+        obs = torch.as_tensor(obs, dtype=torch.float32, device=device)[None]  # (1, O)
+        actions = agent.sample(obs, args.deterministic_eval)
+        obs, _, terminated, truncated, _ = env.step(actions[0].cpu().numpy())
+        done = terminated or truncated
+    env.close()
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write tensors and plain values so that `path` is, at every moment, the old file or the new one, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as f:
+        torch.save(checkpoint, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
+    """Read a checkpoint; nothing in it is executed. Raises UserError if it is missing, damaged or another file."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such checkpoint; expected a run's checkpoint.pt or best.pt")
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        if checkpoint["algorithm"] != Path(__file__).stem:
+            raise UserError(f"{path} was written by {checkpoint['algorithm']}.py; load it with that script")
+        return checkpoint
+    except UserError:
+        raise
+    except Exception as e:  # torch.load raises whatever the damage leads to: pickle, zip, runtime, key errors
+        raise UserError(f"{path} is not a readable checkpoint of this script ({type(e).__name__}: {e})") from e
+
+
+def load_agent(path: str | Path, device: torch.device | str = "cpu", args: Args | None = None) -> tuple[MEow, Args]:
+    """The agent of a checkpoint and its args (or the ones given). Raises UserError if they do not fit together."""
+    checkpoint = load_checkpoint(path, device)
+    args = args or Args(**checkpoint["args"])
+    agent = MEow(checkpoint["obs_dim"], checkpoint["action_dim"], args).to(device)
+    try:
+        agent.load_state_dict(checkpoint["agent"])
+    except RuntimeError as e:
+        raise UserError(f"{path} does not fit the networks that the flags ask for: {e}") from e
+    return agent, args
+
+
+def replay(args: Args) -> None:
+    """--evaluate: print the return of each episode, their mean and standard deviation."""
+    check_args(args)
+    torch.manual_seed(args.seed)
+    device = choose_device(args)
+    agent, _ = load_agent(args.evaluate, device, args)
+    envs = make_envs(args.env_id, args.eval_episodes)
+    env_dims = (envs.single_observation_space.shape[0], envs.single_action_space.shape[0])
+    if (agent.obs_dim, agent.action_dim) != env_dims:
+        raise UserError(f"{args.evaluate}: (O, D) = {agent.obs_dim, agent.action_dim}, {args.env_id} has {env_dims}")
+    returns, lengths = evaluate(agent, envs, args.deterministic_eval, device)
+    for i, (episodic_return, length) in enumerate(zip(returns, lengths, strict=True)):
+        print(f"episode {i}: return {episodic_return:.2f}, length {length}")
+    print(f"{args.env_id}, {len(returns)} episodes: return {returns.mean():.2f} +- {returns.std():.2f}")
+    if args.capture_video:
+        path = Path(args.evaluate)
+        record_video(agent, args, path.parent / "videos", f"evaluate-{path.stem}", device)
+        print(f"video: {path.parent}/videos/evaluate-{path.stem}-episode-0.mp4")
+
+
+def choose_device(args: Args) -> torch.device:
+    cuda = args.device == "cuda" or (args.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def start_run(args: Args) -> tuple[Path, SummaryWriter]:
+    """Create the run's folder with args.json and the writer, start W&B if asked, print the values in force."""
+    name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    run_dir = Path("runs") / name
+    run_dir.mkdir(parents=True)
+    values, describe = dataclasses.asdict(args), ["git", "describe", "--always", "--dirty"]
+    facts = dict(
+        command=shlex.join(sys.argv),
+        commit=shutil.which("git")
+        and subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip(),
+        machine=f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        gpu=torch.cuda.get_device_name() if choose_device(args).type == "cuda" else None,
+        versions={"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, gym, np)},
+    )
+    (run_dir / "args.json").write_text(json.dumps({"args": values} | facts, indent=2))
+    if args.track:
+        import wandb
+
+        project, entity = args.wandb_project_name, args.wandb_entity
+        wandb.init(project=project, entity=entity, name=name, config=values, sync_tensorboard=True, save_code=True)
+    writer = SummaryWriter(str(run_dir))
+    rows = "\n".join(f"|{key}|{value}|" for key, value in values.items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+    print(f"run: {run_dir}\n" + "  ".join(f"{key}={value}" for key, value in values.items()))
+    return run_dir, writer
+
+
+def train(args: Args) -> Path:
+    """Train, evaluate, log and save. Returns the run's folder."""
+    check_args(args)
+    torch.manual_seed(args.seed)  # the only global generator in use; environments have their own
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs to be deterministic
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+    device = choose_device(args)
+
+    envs = make_envs(args.env_id, args.num_envs)
+    eval_envs = make_envs(args.env_id, args.eval_episodes)
+    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    buffer = ReplayBuffer(args.buffer_size, args.num_envs, obs_dim, action_dim, device)
+
+    agent = MEow(obs_dim, action_dim, args).to(device)
+    update, target, optimizer = make_update(agent, args)
+
+    run_dir, writer = start_run(args)
+    if args.capture_video:
+        record_video(agent, args, run_dir / "videos", "step-0", device)  # fails now if it is going to
+    best_return, eval_return, episodic_return = -math.inf, math.nan, math.nan
+
+    def save(name: str) -> None:
+        save_checkpoint(
+            run_dir / name,
+            dict(
+                algorithm=Path(__file__).stem,
+                args=dataclasses.asdict(args),
+                obs_dim=obs_dim,
+                action_dim=action_dim,
+                global_step=global_step,
+                best_return=best_return,
+                agent=agent.state_dict(),
+                target=target.state_dict(),
+                optimizer=optimizer.state_dict(),
+            ),
+        )
+
+    global_step, updates_due = 0, 0.0
+    save("checkpoint.pt")  # from here on, a run that is killed leaves a file that loads
+    stats = []  # (global_step, statistics (7,)) of the updates since the last log
+    start_time = time.time()
+    obs, _ = envs.reset(seed=args.seed)
+    interval = 0.5 if sys.stderr.isatty() else 30.0  # seconds; a log file needs fewer lines
+    bar = tqdm(total=args.total_timesteps, unit="step", mininterval=interval, maxinterval=interval)
+    while global_step < args.total_timesteps:
+        obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device)  # (N, O)
+        if global_step < args.learning_starts:
+            actions = torch.rand(args.num_envs, action_dim, device=device) * 2 - 1  # (N, D)
+        else:
+            with torch.inference_mode():
+                actions = agent.sample(obs_tensor)
+        next_obs, rewards, terminations, truncations, infos = envs.step(actions.cpu().numpy())
+        global_step += args.num_envs
+        bar.update(args.num_envs)
+
+        # next_obs already belongs to the next episode where one ended; the transition needs the true last one
+        last_obs = next_obs.copy()
+        for i in np.flatnonzero(terminations | truncations):
+            last_obs[i] = infos["final_obs"][i]
+            episodic_return = float(infos["final_info"]["episode"]["r"][i])
+            writer.add_scalar("charts/episodic_return", episodic_return, global_step)
+            writer.add_scalar("charts/episodic_length", float(infos["final_info"]["episode"]["l"][i]), global_step)
+        buffer.add(obs_tensor, actions, rewards, last_obs, terminations)
+        obs = next_obs
+
+        if global_step > args.learning_starts:
+            updates_due += args.num_envs * args.utd
+            while updates_due >= 1:
+                updates_due -= 1
+                stats.append((global_step, update(buffer.sample(args.batch_size))))
+
+        eval_due = global_step % args.eval_frequency < args.num_envs or global_step >= args.total_timesteps
+        if stats and (eval_due or global_step % 100 < args.num_envs):
+            losses = torch.stack([s for _, s in stats]).cpu()  # (updates, 7)
+            bad = losses.isfinite().all(-1).logical_not().nonzero().flatten().tolist()
+            if bad:
+                save("failed.pt")
+                row = ", ".join(f"{k}={v:.4g}" for k, v in zip(LOSSES, losses[bad[0]].tolist(), strict=True))
+                raise FloatingPointError(
+                    f"the loss is not finite: at step {stats[bad[0]][0]}, {row}. "
+                    f"The state at step {global_step} is in {run_dir}/failed.pt"
+                )
+            for name, value in zip(LOSSES, losses.mean(0).tolist(), strict=True):
+                writer.add_scalar(f"losses/{name}", value, global_step)
+            stats.clear()
+            with torch.no_grad():
+                batch = buffer.sample(args.batch_size)
+                entropy = -agent.log_prob(batch.obs, agent.sample(batch.obs)).mean()
+                writer.add_scalar("policy/entropy", entropy.item(), global_step)
+                writer.add_scalar("policy/log_sigma", agent.value.log_sigma(batch.obs).mean().item(), global_step)
+            sps = global_step / (time.time() - start_time)
+            writer.add_scalar("charts/SPS", sps, global_step)
+            bar.set_postfix_str(f"SPS {sps:.0f}, return {episodic_return:.1f}, eval {eval_return:.1f}", refresh=False)
+
+        if eval_due:
+            returns, lengths = evaluate(agent, eval_envs, args.deterministic_eval, device)
+            eval_return = float(returns.mean())
+            writer.add_scalar("eval/episodic_return", eval_return, global_step)
+            writer.add_scalar("eval/episodic_length", float(lengths.mean()), global_step)
+            if args.capture_video:
+                record_video(agent, args, run_dir / "videos", f"step-{global_step}", device)
+            if eval_return > best_return:
+                best_return = eval_return
+                save("best.pt")
+            save("checkpoint.pt")
+    bar.close()
+    writer.close()
+    envs.close()
+    eval_envs.close()
+    print(f"evaluation return {eval_return:.1f} (best {best_return:.1f}); checkpoints in {run_dir}")
+    return run_dir
+
+
+if __name__ == "__main__":
+    try:
+        args = parse_args()
+        replay(args) if args.evaluate else train(args)
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    except FloatingPointError as e:
+        sys.exit(f"error: {e}")
