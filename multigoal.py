@@ -12,6 +12,7 @@ An agent at x in the plane moves by its action a: x' = clip(x + a, -7, 7), witho
 gymnasium.make takes obstacle=True (a wall, for tests of a trained policy) and max_episode_steps (the horizon).
 """
 
+import contextlib
 import dataclasses
 import importlib
 import sys
@@ -221,22 +222,25 @@ class Args:
     """seed of the starts and of the sampled actions"""
 
 
+def fail(message: str):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def load_policy(path: Path):
-    """The agent and the args of a checkpoint, through the script that wrote it. Raises its UserError."""
+    """The agent and the args of a checkpoint, through the script that wrote it."""
     import torch
 
     algorithm = "meow_continuous_action"
-    try:  # a file that is not a checkpoint is for the script to describe
+    with contextlib.suppress(Exception):  # a file that is not a checkpoint is for the script to describe
         algorithm = torch.load(path, map_location="cpu", weights_only=True)["algorithm"]
-    except Exception:
-        pass
     if algorithm not in {file.stem for file in Path(__file__).parent.glob("*_continuous_action.py")}:
-        raise SystemExit(f"error: {path} was written by {algorithm}.py, which is not one of this project's scripts")
+        fail(f"{path} was written by {algorithm}.py, which is not one of this project's scripts")
     script = importlib.import_module(algorithm)
     try:
         return script.load_agent(path)
     except script.UserError as e:
-        raise SystemExit(f"error: {e}") from e
+        fail(str(e))
 
 
 def draw(env, rollouts: Rollouts, axis: np.ndarray, v: np.ndarray, difference: np.ndarray, titles, output: Path):
@@ -273,7 +277,7 @@ def main(args: Args) -> None:
 
     agent, trained = load_policy(args.checkpoint)
     if trained.env_id not in MAPS:
-        raise SystemExit(f"error: {args.checkpoint} was trained on {trained.env_id}; expected one of {', '.join(MAPS)}")
+        fail(f"{args.checkpoint} was trained on {trained.env_id}; expected one of {', '.join(MAPS)}")
     env = gym.make(trained.env_id, obstacle=args.obstacle)
     torch.manual_seed(args.seed)
 
@@ -314,4 +318,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args)))
+    main(tyro.cli(Args))

@@ -1,0 +1,91 @@
+"""A run's evaluation curve as CSV, and as a picture beside the paper's.
+
+    python -m benchmark.export runs/RUN --csv benchmark/results/NAME.csv --png benchmark/results/NAME.png
+
+CSV: step, return (mean of the evaluation episodes), SPS, seed, commit, machine, command, one row an evaluation.
+The paper's curves are in benchmark/reference/learning_curves.csv (digitised from its figures).
+"""
+
+import csv
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+REFERENCE = Path(__file__).parent / "reference" / "learning_curves.csv"
+
+
+@dataclasses.dataclass
+class Args:
+    run: tyro.conf.Positional[Path]
+    """folder of the run"""
+    csv: Path
+    """file to write"""
+    png: Path | None = None
+    """picture to write"""
+
+
+def curve(run: Path) -> list[dict]:
+    """Rows of the CSV from the run's TensorBoard events and args.json. SPS is the last one logged before."""
+    events = EventAccumulator(str(run)).Reload()
+    facts = json.loads((run / "args.json").read_text())
+    speeds = events.Scalars("charts/SPS")
+    rows = []
+    for event in events.Scalars("eval/episodic_return"):
+        sps = next((s.value for s in reversed(speeds) if s.step <= event.step), float("nan"))
+        about = dict(seed=facts["args"]["seed"], commit=facts["commit"], machine=facts["machine"])
+        row = {"step": event.step, "return": round(event.value, 2), "SPS": round(sps, 1)}
+        rows.append(row | about | {"command": facts["command"]})
+    return rows
+
+
+def reference(env_id: str, algorithm: str = "MEow") -> list[tuple[int, float]]:
+    """(step, return) of the paper's figure 3 for the task; a v5 id is compared with v4."""
+    with open(REFERENCE, newline="") as f:
+        wanted = ("MEow paper figure 3 (digitised)", algorithm, re.sub(r"-v5$", "-v4", env_id))
+        rows = [row for row in csv.DictReader(f) if (row["source"], row["algorithm"], row["env_id"]) == wanted]
+    return [(int(row["step"]), float(row["mean_return"])) for row in rows]
+
+
+def draw(rows: list[dict], env_id: str, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    last = rows[-1]["step"]
+    paper = [point for point in reference(env_id) if point[0] <= 1.2 * last]
+    ax.plot(
+        *zip(*paper, strict=True), color="black", linestyle="--", label="paper, figure 3, mean of 5 seeds, digitised"
+    )
+    ax.plot(
+        [r["step"] for r in rows],
+        [r["return"] for r in rows],
+        marker="o",
+        label=f"this project, seed {rows[0]['seed']}",
+    )
+    ax.set(title=env_id, xlabel="environment steps", ylabel="evaluation return")
+    ax.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(args: Args) -> None:
+    rows = curve(args.run)
+    args.csv.parent.mkdir(parents=True, exist_ok=True)
+    with open(args.csv, "w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    env_id = json.loads((args.run / "args.json").read_text())["args"]["env_id"]
+    if args.png is not None:
+        draw(rows, env_id, args.png)
+    print(f"{env_id}: {len(rows)} evaluations, last {rows[-1]['return']} at step {rows[-1]['step']}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))

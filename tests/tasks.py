@@ -1,0 +1,45 @@
+"""Small gymnasium tasks whose transitions, bounds and faults the tests know in advance."""
+
+import gymnasium as gym
+import numpy as np
+
+
+class Counting(gym.Env):
+    """Observation: (episode, step). Odd episodes terminate after 3 steps; even ones run until the time limit of 5.
+
+    The reward is the step. `low`, `high`: action bounds; a step outside them fails.
+    """
+
+    def __init__(self, low=(-1.0,), high=(1.0,), nan_at: int | None = None):
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
+        self.action_space = gym.spaces.Box(np.float32(low), np.float32(high))
+        self.episode, self.total, self.nan_at, self.actions = -1, 0, nan_at, []
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.t = self.episode + 1, 0
+        return np.array([self.episode, 0.0]), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.actions.append(action)
+        self.t, self.total = self.t + 1, self.total + 1
+        reward = np.nan if self.total == self.nan_at else float(self.t)
+        return np.array([self.episode, float(self.t)]), reward, self.episode % 2 == 1 and self.t == 3, False, {}
+
+
+class Spaces(gym.Env):
+    """Never stepped: a task with the given spaces."""
+
+    def __init__(self, obs, action):
+        self.observation_space, self.action_space = obs, action
+
+
+box = gym.spaces.Box(-1.0, 1.0, (2,))
+gym.register("Counting-v0", Counting, max_episode_steps=5)
+gym.register("NaN-v0", Counting, max_episode_steps=5, kwargs=dict(nan_at=150))
+gym.register("Bounds-v0", Counting, max_episode_steps=5, kwargs=dict(low=(-2.0, 0.0, 5.0), high=(1.0, 0.1, 6.0)))
+gym.register("Dict-v0", Spaces, kwargs=dict(obs=gym.spaces.Dict(a=box), action=box))
+gym.register("Image-v0", Spaces, kwargs=dict(obs=gym.spaces.Box(0, 255, (8, 8, 3), np.uint8), action=box))
+gym.register("Discrete-v0", Spaces, kwargs=dict(obs=box, action=gym.spaces.Discrete(3)))
+gym.register("Unbounded-v0", Spaces, kwargs=dict(obs=box, action=gym.spaces.Box(-np.inf, 1.0, (2,))))

@@ -1,0 +1,268 @@
+"""MEow's densities, values and update against computations that share no code with them."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+import meow_continuous_action as meow
+
+COUPLINGS = ("additive", "affine")
+
+
+def random_agent(obs_dim: int, action_dim: int, coupling: str = "additive", seed: int = 0, **flags) -> meow.MEow:
+    """An agent in float64 with every parameter drawn at random, none as it was initialised."""
+    torch.manual_seed(seed)
+    args = meow.Args(alpha=0.4, sigma_min=-2.0, sigma_max=-1.0, coupling=coupling, **flags)
+    agent = meow.MEow(obs_dim, action_dim, args).double()
+    with torch.no_grad():
+        for p in agent.parameters():
+            p.normal_(0, 1 / max(p.shape[-1] if p.dim() > 1 else 4, 4) ** 0.5)
+    return agent
+
+
+def flow(agent: meow.MEow, obs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """Prior sample u -> action, the map behind agent.sample (checked against it in test_log_prob_jacobian)."""
+    z = agent.value.log_sigma(obs).exp() * u
+    for coupling in agent.couplings:
+        z = coupling(z, obs)
+    return torch.tanh(z)
+
+
+def action_grid(action_dim: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Points (n^D, D) of the box and their weights for int da: a = tanh z with z evenly spaced, da = (1 - a^2) dz."""
+    z = torch.linspace(-6.0, 6.0, n, dtype=torch.float64)
+    a, w = torch.tanh(z), (1 - torch.tanh(z) ** 2) * (z[1] - z[0])
+    points = torch.cartesian_prod(*[a] * action_dim).reshape(-1, action_dim)
+    weights = torch.cartesian_prod(*[w] * action_dim).reshape(-1, action_dim).prod(-1)
+    return points, weights
+
+
+def over_grid(function, obs: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """function(obs, action) for one obs (O,) at all points, in pieces that fit into memory."""
+    return torch.cat([function(obs.expand(len(part), -1), part) for part in points.split(20_000)])
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+@pytest.mark.parametrize("action_dim, n", [(1, 4001), (2, 401)])
+@torch.no_grad()
+def test_soft_value_is_the_integral(action_dim, n, coupling):
+    """V_i(s) = alpha log int exp(Q_i(s, a) / alpha) da, both heads, and int pi(a|s) da = 1."""
+    agent = random_agent(4, action_dim, coupling)
+    points, weights = action_grid(action_dim, n)
+    for obs in torch.randn(2, 4, dtype=torch.float64):
+        q = over_grid(agent.q, obs, points)  # (n^D, 2)
+        integral = agent.alpha * torch.logsumexp(q / agent.alpha + weights.log()[:, None], 0)  # (2,)
+        v = agent.v(obs[None])[0]
+        assert abs(v[0] - v[1]) > 1e-3  # two different heads
+        torch.testing.assert_close(v, integral, rtol=1e-4, atol=0)
+        total = (over_grid(agent.log_prob, obs, points).exp() * weights).sum()
+        assert abs(total - 1) < 1e-4
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+@pytest.mark.parametrize("action_dim", [1, 2, 3, 8, 17])
+def test_log_prob_jacobian(action_dim, coupling):
+    """log pi of a sample = log N(u) - log |det d a / d u|, with autograd's Jacobian of the sampling map."""
+    agent = random_agent(5, action_dim, coupling)
+    obs = torch.randn(16, 5, dtype=torch.float64)
+    torch.manual_seed(1)
+    action = agent.sample(obs)
+    torch.manual_seed(1)
+    u = torch.randn(16, action_dim, dtype=torch.float64)
+    torch.testing.assert_close(flow(agent, obs, u), action)
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda u, s: flow(agent, s[None], u[None])[0]))(u, obs)
+    expected = torch.distributions.Normal(0, 1).log_prob(u).sum(-1) - torch.linalg.slogdet(jacobian).logabsdet
+    inside = action.abs().amax(-1) < 1 - 1e-5  # beyond, actions are clamped
+    assert inside.sum() > 8
+    torch.testing.assert_close(agent.log_prob(obs, action)[inside], expected[inside], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_samples_follow_the_density(coupling):
+    """Shares of 40,000 samples in the four quadrants of the box against the integral of exp(log_prob)."""
+    agent = random_agent(3, 2, coupling)
+    obs = torch.randn(3, dtype=torch.float64)
+    points, weights = action_grid(2, 402)  # none lies on an axis
+    with torch.no_grad():
+        mass = over_grid(agent.log_prob, obs, points).exp() * weights
+        samples = agent.sample(obs.expand(40_000, -1))
+    for i, j in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        share = mass[((points[:, 0] > 0) == i) & ((points[:, 1] > 0) == j)].sum()
+        drawn = ((samples[:, 0] > 0) == i) & ((samples[:, 1] > 0) == j)
+        assert abs(drawn.double().mean() - share) < 0.02
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+@pytest.mark.parametrize("action_dim", [1, 2, 3, 8, 17])
+def test_couplings_invert(action_dim, coupling):
+    agent = random_agent(5, action_dim, coupling)
+    obs, z = torch.randn(32, 5, dtype=torch.float64), torch.randn(32, action_dim, dtype=torch.float64)
+    for layer in agent.couplings:
+        back, log_det = layer.inverse(layer(z, obs), obs, None)
+        torch.testing.assert_close(back, z, rtol=1e-9, atol=1e-9)
+        assert coupling == "affine" or log_det == 0.0
+        passed = layer.mask.bool()
+        torch.testing.assert_close(layer(z, obs)[:, passed], z[:, passed])
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_heads_share_one_policy(coupling):
+    """(Q_i - V_i) / alpha is log pi, the same for both heads, though Q_1 and Q_2 differ."""
+    agent = random_agent(11, 3, coupling)
+    obs, action = torch.randn(64, 11, dtype=torch.float64), torch.rand(64, 3, dtype=torch.float64) * 2 - 1
+    q, v, log_prob = agent.q(obs, action), agent.v(obs), agent.log_prob(obs, action)
+    assert (q[:, 0] - q[:, 1]).abs().min() > 1e-6
+    torch.testing.assert_close((q - v) / agent.alpha, log_prob[:, None].expand(-1, 2), rtol=0, atol=1e-9)
+
+
+def test_without_reward_shift_the_heads_are_one():
+    agent = random_agent(11, 3, reward_shift=False)
+    obs, action = torch.randn(8, 11, dtype=torch.float64), torch.rand(8, 3, dtype=torch.float64)
+    assert torch.equal(agent.v(obs)[:, 0], agent.v(obs)[:, 1])
+    torch.testing.assert_close((agent.q(obs, action) - agent.v(obs))[:, 0] / agent.alpha, agent.log_prob(obs, action))
+    assert not any("shift" in name for name, _ in agent.named_parameters())
+
+
+@torch.no_grad()
+def test_deterministic_action_is_the_flow_of_the_mode():
+    """Proposition 2, with additive couplings: no other point has a higher density before the tanh."""
+    agent = random_agent(5, 3)
+    obs = torch.randn(4, 5, dtype=torch.float64)
+    action = agent.sample(obs, deterministic=True)
+    torch.testing.assert_close(action, flow(agent, obs, torch.zeros(4, 3, dtype=torch.float64)))
+    torch.manual_seed(7)
+    assert torch.equal(action, agent.sample(obs, deterministic=True))  # whatever the generator's state
+
+    def density_before_tanh(obs, action):
+        return agent.log_prob(obs, action) + torch.log1p(-action.square()).sum(-1)
+
+    best = density_before_tanh(obs, action)
+    for scale in (0.01, 0.1, 1.0):
+        other = torch.tanh(torch.atanh(action) + scale * torch.randn(200, 4, 3, dtype=torch.float64))
+        there = density_before_tanh(obs.expand(200, -1, -1).reshape(-1, 5), other.reshape(-1, 3)).reshape(200, 4)
+        assert (there < best).all()
+
+
+@pytest.mark.parametrize("coupling", COUPLINGS)
+@pytest.mark.parametrize("value", [-1.0, 1.0])
+def test_saturated_actions_are_finite(coupling, value):
+    agent = random_agent(11, 3, coupling).float()
+    obs, action = torch.randn(8, 11), torch.full((8, 3), value, requires_grad=True)
+    q = agent.q(obs, action)
+    assert q.isfinite().all() and agent.log_prob(obs, action).isfinite().all()
+    q.sum().backward()
+    assert action.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in agent.parameters())
+
+
+def test_value_needs_neither_couplings_nor_actions():
+    """The target holds the sigma-net and the two shift nets alone, and V does not move with the couplings."""
+    agent = random_agent(11, 3)
+    _, target, _ = meow.make_update(agent, meow.Args())
+    names = {name.split(".")[0] for name, _ in target.named_parameters()}
+    assert names == {"sigma_net", "shift_nets"} and len(target.shift_nets) == 2
+    obs = torch.randn(8, 11, dtype=torch.float64)
+    before = agent.v(obs)
+    with torch.no_grad():
+        for p in agent.couplings.parameters():
+            p.normal_()
+    assert torch.equal(agent.v(obs), before) and torch.equal(target(obs), before)
+
+
+def random_batch(n: int, obs_dim: int, action_dim: int) -> meow.Batch:
+    obs, next_obs = torch.randn(2, n, obs_dim, dtype=torch.float64)
+    actions = torch.rand(n, action_dim, dtype=torch.float64) * 2 - 1
+    return meow.Batch(obs, actions, torch.randn(n).double(), next_obs, (torch.rand(n) < 0.3).double())
+
+
+@pytest.mark.parametrize("clipped", [True, False])
+def test_update_against_plain_pytorch(clipped):
+    """Five updates equal a textbook loop: whole target agent, torch's Adam and clipping per parameter, Polyak."""
+    args = meow.Args(alpha=0.4, gamma=0.9, tau=0.1, dropout=0.0, max_grad_norm=0.5, clipped_double_q=clipped)
+    agent = random_agent(6, 2)
+    reference, reference_target = copy.deepcopy(agent), copy.deepcopy(agent)
+    optimizer = torch.optim.Adam(reference.parameters(), lr=args.learning_rate)
+    update, target, _ = meow.make_update(agent, args)
+    for _ in range(5):
+        batch = random_batch(32, 6, 2)
+        stats = update(batch)
+        with torch.no_grad():
+            v = reference_target.v(batch.next_obs)
+            v = torch.minimum(v[:, 0], v[:, 1]) if clipped else (v[:, 0] + v[:, 1]) / 2
+            y = torch.where(batch.terminations == 1, batch.rewards, batch.rewards + 0.9 * v)
+        q = reference.q(batch.obs, batch.actions)
+        loss = torch.nn.functional.mse_loss(torch.cat([q[:, 0], q[:, 1]]), torch.cat([y, y]))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+        assert norm > 0.5  # clipping is in force
+        optimizer.step()
+        with torch.no_grad():
+            for p, p_target in zip(reference.parameters(), reference_target.parameters(), strict=True):
+                p_target += 0.1 * (p - p_target)
+        expected = torch.stack([loss, (q[:, 0] - y).square().mean(), (q[:, 1] - y).square().mean()])
+        torch.testing.assert_close(stats[:3], expected.detach())
+        torch.testing.assert_close(stats[3:], torch.stack([*q.mean(0), y.mean(), norm]).detach())
+    for p, p_reference in zip(agent.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p, p_reference, rtol=1e-9, atol=1e-12)
+    for p, p_reference in zip(target.parameters(), reference_target.value.parameters(), strict=True):
+        torch.testing.assert_close(p, p_reference, rtol=1e-9, atol=1e-12)
+
+
+def test_gradient_against_finite_differences():
+    agent = random_agent(4, 2, "affine")
+    obs, action = torch.randn(8, 4, dtype=torch.float64), torch.rand(8, 2, dtype=torch.float64) * 1.8 - 0.9
+    agent.q(obs, action).square().mean().backward()
+    rng = np.random.default_rng(0)
+    for p in agent.parameters():
+        index = tuple(rng.integers(n) for n in p.shape)
+        values = []
+        for step in (1e-5, -1e-5):
+            with torch.no_grad():
+                p[index] += step
+                values.append(agent.q(obs, action).square().mean().item())
+                p[index] -= step
+        assert p.grad[index].item() == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-4, abs=1e-7)
+
+
+def test_dropout_masks():
+    """The right share of zeros, the mean kept, fresh at every call, no masks at p = 0; the loss alone uses them."""
+    device = torch.device("cpu")
+    masks = meow.dropout_masks(256, 0.1, device)
+    assert masks.shape == (4, 2, 256, 64)
+    assert set(masks.unique().tolist()) == {0.0, torch.tensor(1 / 0.9).item()}
+    share = (masks == 0).double().mean().item()
+    assert abs(share - 0.1) < 4 * (0.1 * 0.9 / masks.numel()) ** 0.5
+    neighbours = ((masks[..., 1:] == 0) & (masks[..., :-1] == 0)).double().mean().item()
+    assert abs(neighbours - 0.01) < 0.001  # independent within a 64-bit draw
+    assert not torch.equal(masks, meow.dropout_masks(256, 0.1, device))
+    assert meow.dropout_masks(256, 0.0, device) is None
+
+    agent = random_agent(6, 2).float()
+    obs, action = torch.randn(256, 6), torch.rand(256, 2) * 2 - 1
+    assert torch.equal(agent.q(obs, action), agent.q(obs, action))
+    assert not torch.allclose(agent.q(obs, action, masks), agent.q(obs, action))
+    assert torch.equal(agent.q(obs, action, torch.ones_like(masks)), agent.q(obs, action))
+
+
+def test_nets_are_the_papers():
+    """t_k: (D+O)-64-64-D with LayerNorm, orthogonal; sigma: O-64-64-D and shifts: O-256-256-1, of zero weights."""
+    agent = meow.MEow(11, 3, meow.Args(sigma_min=-5.0, sigma_max=-0.3))
+    assert len(agent.couplings) == 4
+    for k, layer in enumerate(agent.couplings):
+        assert [tuple(w.weight.shape) for w in (layer.linear1, layer.linear2, layer.linear3)] == [
+            (64, 14),
+            (64, 64),
+            (3, 64),
+        ]
+        assert layer.mask.tolist() == ([1, 0, 1] if k % 2 == 0 else [0, 1, 0])
+        torch.testing.assert_close(layer.linear2.weight @ layer.linear2.weight.T, torch.eye(64), atol=1e-5, rtol=0)
+    for net, hidden, out in [(agent.value.sigma_net, 64, 3)] + [(b, 256, 1) for b in agent.value.shift_nets]:
+        assert [tuple(w.shape) for w in net.weights] == [(11, hidden), (hidden, hidden), (hidden, out)]
+        assert all((w == 0).all() for w in net.weights)
+        bounds = [11**-0.5, hidden**-0.5, hidden**-0.5]
+        assert all(0 < b.abs().max() <= bound for b, bound in zip(net.biases, bounds, strict=True))
+    obs = torch.randn(100, 11)
+    assert (agent.value.log_sigma(obs) >= -5.0).all() and (agent.value.log_sigma(obs) <= -0.3).all()

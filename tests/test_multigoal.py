@@ -1,0 +1,176 @@
+"""The goal maps, their optimum against the reference table, and the pictures."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+
+import meow_continuous_action as meow
+import multigoal
+
+ROOT = Path(__file__).resolve().parent.parent
+FOUR, THREE = multigoal.MAPS
+
+
+@pytest.mark.parametrize("env_id", multigoal.MAPS)
+@pytest.mark.parametrize("flags", [{}, dict(obstacle=True, render_mode="rgb_array")])
+def test_gymnasium_accepts_the_maps(env_id, flags):
+    check_env(gym.make(env_id, **flags).unwrapped)
+
+
+@pytest.mark.parametrize("env_id, horizon", [(FOUR, 1000), (THREE, 30)])
+def test_horizon_is_an_argument_of_make(env_id, horizon):
+    for env, length in ((gym.make(env_id), horizon), (gym.make(env_id, max_episode_steps=7), 7)):
+        env.reset(seed=0)
+        for t in range(1, length + 1):
+            _, _, terminated, truncated, info = env.step(np.zeros(2))
+            assert not terminated and truncated == (t == length) and info["goal"] == -1
+
+
+def test_starts_and_seeds():
+    env = gym.make(FOUR)
+    starts = np.array([env.reset(seed=seed)[0] for seed in range(500)])
+    assert (env.reset(seed=3)[0] == starts[3]).all() and starts.dtype == np.float32
+    assert starts.std() == pytest.approx(0.1, rel=0.1) and abs(starts.mean()) < 0.02
+    assert (gym.make(THREE).reset(seed=5)[0] == 0).all()
+
+
+def test_transitions_by_hand():
+    env = gym.make(FOUR).unwrapped
+    env.reset(seed=0)
+    for x, action, next_x, reward, goal in (
+        ((0, 0), (0.5, 0), (0.5, 0), -30 * 0.25 - 4.5**2, -1),
+        ((0, 3.5), (0, 1), (0, 4.5), -30 - 0.25 + 10, 2),
+        ((-3.5, 0.1), (-0.6, -0.1), (-4.1, 0.0), -30 * 0.37 - 0.81 + 10, 1),
+        ((6.8, 6.8), (1, 1), (7, 7), -60 - (4 + 49), -1),  # stopped by the edge; the effort counts in full
+        ((0, -4), (0, 0), (0, -4), -1, -1),  # at the radius is not yet inside
+        ((0, 0), (5, 0), (1, 0), -30 - 16, -1),  # an action out of the box counts as its nearest inside
+    ):
+        env.x = np.array(x, dtype=np.float64)
+        obs, r, terminated, truncated, info = env.step(np.array(action))
+        np.testing.assert_allclose(obs, next_x, atol=1e-6)
+        assert r == pytest.approx(reward) and info["goal"] == goal and terminated == (goal >= 0) and not truncated
+    env = gym.make(THREE).unwrapped
+    assert env.transition(np.array([-3.6, 2.5]), np.array([0, 0.2]))[2] == 1  # 0.5 is its radius
+    assert env.transition(np.array([-3.6, 2.0]), np.array([0, 0.2]))[2] == -1
+
+
+@pytest.mark.parametrize(
+    "env_id, x, action, hit",
+    [
+        (FOUR, (0, 2.5), (0, 1), True),
+        (FOUR, (0, 2.5), (0, 0.4), False),
+        (FOUR, (1.6, 2.5), (0, 1), False),
+        (FOUR, (1.4, 2.5), (0.3, 1), False),  # passes the end of the wall
+        (FOUR, (0, 3.5), (0, -1), True),  # from above
+        (THREE, (-0.5, 0.5), (-1, 1), True),
+        (THREE, (-0.5, 0.5), (1, -1), False),
+        (THREE, (-2.5, 0), (0, 1), False),
+    ],
+)
+def test_wall(env_id, x, action, hit):
+    env = gym.make(env_id, obstacle=True).unwrapped
+    env.reset(seed=0)
+    env.x = np.array(x, dtype=np.float64)
+    obs, reward, _, _, info = env.step(np.array(action, dtype=np.float64))
+    assert info["hit"] == hit
+    np.testing.assert_allclose(obs, x if hit else np.add(x, action), atol=1e-6)
+    without, _, _, hit_without = gym.make(env_id).unwrapped.transition(np.array(x), np.array(action))
+    assert not hit_without and (without == np.add(x, action)).all()
+
+
+# V*(0, 0), goals' shares (one standard error of the table's 400 rollouts is 0.025), return, length: the table of
+# reference values in the project's notes; its rollouts start from N(0, 0.1^2) on both maps, without a horizon
+TABLE = [
+    (FOUR, 2.5, 0.9, -114.6, (107, 93, 98, 102), -130, 8.1, 4000),
+    (THREE, 1.0, 0.8, -88.8, (165, 125, 110), -137, 12.8, 4000),
+    (THREE, 10.0, 0.8, -74.8, (134, 132, 134), -324, 19.8, 400),
+    (THREE, 20.0, 0.8, -21.0, (143, 125, 132), -1587, 89, 100),
+]
+
+
+@pytest.mark.parametrize("env_id, alpha, gamma, v, goals, mean_return, length, episodes", TABLE)
+def test_soft_value_iteration_against_the_table(env_id, alpha, gamma, v, goals, mean_return, length, episodes):
+    """Within 1%, and within three standard errors where the rollouts themselves are less exact than that."""
+    env = gym.make(env_id, max_episode_steps=1000, start_std=0.1)
+    optimum = multigoal.soft_value_iteration(env, alpha, gamma)
+    assert optimum.v(np.zeros((1, 2)))[0] == pytest.approx(v, rel=0.01)
+    rng = np.random.default_rng(0)
+    rollouts = multigoal.rollout(env, lambda obs: optimum.policy(obs, rng), episodes)
+    assert (rollouts.goals >= 0).all()
+    for values, expected in ((rollouts.returns, mean_return), (rollouts.lengths, length)):
+        error = 3 * values.std() * (1 / episodes + 1 / 400) ** 0.5
+        assert values.mean() == pytest.approx(expected, abs=max(0.01 * abs(expected), error))
+    for goal, count in enumerate(goals):
+        assert abs((rollouts.goals == goal).mean() - count / 400) < 3 * 0.025 * (1 + 400 / episodes) ** 0.5
+    if env_id == FOUR:
+        assert optimum.v(np.array([[2.5, 0.0]]))[0] == pytest.approx(-32.1, rel=0.01)
+
+
+def test_optimum_satisfies_the_soft_bellman_equation():
+    """V(s) = alpha log int exp((r + gamma (1 - d) V(s')) / alpha) da with 200,000 random actions, off the grid."""
+    env = gym.make(FOUR).unwrapped
+    optimum = multigoal.soft_value_iteration(env, 2.5, 0.9)
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (200_000, 2))
+    for x in (np.array([0.1, -0.3]), np.array([2.4, 1.1]), np.array([-4.9, 6.0])):
+        next_x, reward, goal, _ = env.transition(x, actions)
+        q = reward + 0.9 * (goal < 0) * optimum.v(next_x)
+        v = 2.5 * (np.log(np.exp((q - q.max()) / 2.5).mean() * 4) + q.max() / 2.5)
+        assert optimum.v(x[None])[0] == pytest.approx(v, abs=0.5)
+
+
+def test_optimum_is_symmetric():
+    optimum = multigoal.soft_value_iteration(gym.make(FOUR), 2.5, 0.9)
+    values = optimum.values
+    for image in (values[::-1], values[:, ::-1], values.T):
+        np.testing.assert_allclose(values, image, atol=1e-2)
+
+
+def test_rollout_agrees_with_the_environment():
+    """A fixed policy through gymnasium's step gives the same paths, returns and goals as the vectorised rollout."""
+    env = gym.make(THREE, obstacle=True, max_episode_steps=12)
+
+    def policy(obs):
+        return np.stack([np.full(len(obs), -0.7), 0.6 - 0.1 * obs[:, 0]], -1)
+
+    rollouts = multigoal.rollout(env, policy, 3)
+    obs, _ = env.reset(seed=0)
+    path, total, hits, done = [obs], 0.0, False, False
+    while not done:
+        obs, reward, terminated, truncated, info = env.step(policy(obs[None].astype(np.float32))[0])
+        path, total, hits = [*path, obs], total + reward, hits or info["hit"]
+        done = terminated or truncated
+    np.testing.assert_allclose(rollouts.paths[0], path, atol=1e-5)
+    assert rollouts.returns[0] == pytest.approx(total, rel=1e-6) and rollouts.lengths[0] == len(path) - 1
+    assert rollouts.goals[0] == info["goal"] and rollouts.hits[0] == hits and hits
+
+
+def draw(*flags, cwd) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "multigoal.py"), *map(str, flags)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def test_picture_of_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = dict(total_timesteps=240, learning_starts=104, batch_size=32, num_envs=8, eval_frequency=1000, alpha=10.0)
+    run_dir = meow.train(meow.Args(env_id=THREE, gamma=0.8, **flags))
+    done = draw("--checkpoint", run_dir / "checkpoint.pt", "--episodes", 40, "--obstacle", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "of 40" in done.stdout and "wall hit by" in done.stdout and "RMSE of V against V*" in done.stdout
+    assert "optimum -74.8" in done.stdout
+    assert (run_dir / "multigoal.png").stat().st_size > 20_000
+    other = meow.train(meow.Args(env_id="Pendulum-v1", exp_name="other", **flags))
+    for path, message in (
+        (other / "checkpoint.pt", "was trained on Pendulum-v1; expected one of multigoal:MultiGoal-v0"),
+        ("absent.pt", "absent.pt: no such checkpoint"),
+        (run_dir / "args.json", "is not a readable checkpoint"),
+    ):
+        done = draw("--checkpoint", path, cwd=tmp_path)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,361 @@
+"""The scripts as a user meets them: loop, buffer, presets, errors, logs, checkpoints, command line."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import meow_continuous_action as meow
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ["meow_continuous_action.py"]
+GOAL = "multigoal:MultiGoal-v0"
+SHORT = dict(learning_starts=100, batch_size=32, buffer_size=10_000, eval_episodes=2, device="cpu")
+
+
+def run(*flags, cwd, script=SCRIPTS[0], **env) -> subprocess.CompletedProcess:
+    """The script in a process of its own, with the tests' tasks and the goal maps importable."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    command = [sys.executable, str(ROOT / script), *map(str, flags)]
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **env}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def short_flags(**more) -> list[str]:
+    return [f"--{k.replace('_', '-')}={v}" for k, v in {**SHORT, **more}.items()]
+
+
+def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(run_dir)).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """A short run on the goal map: its folder."""
+    monkeypatch.chdir(tmp_path)
+    args = meow.parse_args(["--env-id", GOAL, *short_flags(total_timesteps=600, eval_frequency=200)])
+    return tmp_path / meow.train(args)
+
+
+# Buffer and loop
+
+
+@pytest.mark.parametrize("num_envs, capacity", [(1, 10_000), (3, 10_000), (3, 50)])
+def test_no_transition_crosses_an_episode(tmp_path, monkeypatch, num_envs, capacity):
+    """Time-outs keep the true last observation and d = 0, terminations d = 1, and a reset is never a next_obs."""
+    monkeypatch.chdir(tmp_path)
+    buffers = []
+
+    class Spy(meow.ReplayBuffer):
+        def __init__(self, *args):
+            super().__init__(*args)
+            buffers.append(self)
+
+    monkeypatch.setattr(meow, "ReplayBuffer", Spy)
+    flags = dict(SHORT, buffer_size=capacity, total_timesteps=240, num_envs=num_envs, eval_frequency=1000)
+    meow.train(meow.Args(env_id="tasks:Counting-v0", **flags))
+    (buffer,) = buffers
+    assert buffer.size == min(240, capacity - capacity % num_envs)
+    obs, _, rewards, next_obs, terminations = (field[: buffer.size].numpy() for field in buffer.data)
+    assert (obs[:, 0] == next_obs[:, 0]).all()  # same episode
+    assert (next_obs[:, 1] == obs[:, 1] + 1).all() and (rewards == next_obs[:, 1]).all()
+    odd = obs[:, 0] % 2 == 1
+    assert ((terminations == 1) == (odd & (next_obs[:, 1] == 3))).all()
+    assert terminations.sum() > 0 and (terminations[next_obs[:, 1] == 5] == 0).all() and (next_obs[:, 1] == 5).any()
+
+
+def test_buffer_samples_uniformly_what_it_holds():
+    torch.manual_seed(0)
+    buffer = meow.ReplayBuffer(10, 2, 1, 1, torch.device("cpu"))
+    for i in range(0, 14, 2):  # wraps: the first four are overwritten
+        obs = torch.tensor([[i], [i + 1.0]])
+        buffer.add(obs, obs / 100, obs[:, 0], obs + 1, torch.tensor([False, True]))
+    batch = buffer.sample(20_000)
+    values, counts = batch.rewards.unique(return_counts=True)
+    assert values.tolist() == list(range(4, 14))
+    assert (counts - 2000).abs().max() < 5 * 2000**0.5
+    assert torch.equal(batch.next_obs[:, 0], batch.rewards + 1)
+    assert torch.equal(batch.terminations, batch.rewards % 2)
+
+
+def test_buffer_states_and_checks_its_memory():
+    humanoid = 4 * 1_000_000 * (2 * 376 + 17 + 2)
+    assert f"{humanoid / 1e9:.1f} GB on Humanoid" in " ".join(meow.ReplayBuffer.__doc__.split())
+    with pytest.raises(meow.UserError, match=r"--buffer-size 10{12} needs 3084000.00 GB .* free; expected at most \d+"):
+        meow.ReplayBuffer(10**12, 1, 376, 17, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("utd, num_envs, updates", [(1, 1, 100), (0.5, 1, 50), (2, 1, 200), (1, 4, 100)])
+def test_updates_per_step(tmp_path, monkeypatch, utd, num_envs, updates):
+    monkeypatch.chdir(tmp_path)
+    made, make_update = [], meow.make_update
+
+    def counted(agent, args):
+        update, *rest = make_update(agent, args)
+        return lambda batch: made.append(len(batch.obs)) or update(batch), *rest
+
+    monkeypatch.setattr(meow, "make_update", counted)
+    meow.train(meow.Args(env_id="tasks:Counting-v0", utd=utd, num_envs=num_envs, **SHORT, total_timesteps=200))
+    assert made == [32] * updates
+
+
+def test_actions_reach_the_task_in_its_own_bounds():
+    env = meow.make_env("tasks:Bounds-v0")
+    env.reset()
+    for action in (-np.ones(3), np.ones(3), np.zeros(3), np.array([0.5, -0.5, 1.0])):
+        env.step(action.astype(np.float32))
+    expected = [[-2, 0, 5], [1, 0.1, 6], [-0.5, 0.05, 5.5], [0.25, 0.025, 6]]
+    np.testing.assert_allclose(env.unwrapped.actions, expected, atol=1e-6)
+
+
+def test_same_seed_same_numbers_and_evaluation_leaves_training_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    agents, curves = [], []
+    for name, seed, eval_frequency in (("a", 1, 200), ("b", 1, 200), ("c", 1, 600), ("d", 2, 200)):
+        flags = dict(seed=seed, eval_frequency=eval_frequency, exp_name=name, total_timesteps=600)
+        folder = meow.train(meow.parse_args(["--env-id", GOAL, *short_flags(**flags)]))
+        agents.append(torch.load(folder / "checkpoint.pt", weights_only=True)["agent"])
+        curves.append(scalars(folder)["eval/episodic_return"])
+
+    def equal(a, b):
+        return all(torch.equal(x, y) for x, y in zip(a.values(), b.values(), strict=True))
+
+    assert curves[0] == curves[1] and equal(agents[0], agents[1])
+    assert equal(agents[0], agents[2]) and not equal(agents[0], agents[3])
+    assert [step for step, _ in curves[0]] == [200, 400, 600]
+
+
+def test_evaluation_repeats_its_episodes():
+    agent = meow.MEow(3, 1, meow.Args())
+    envs = meow.make_envs("Pendulum-v1", 3)
+    first, lengths = meow.evaluate(agent, envs, True, torch.device("cpu"))
+    assert (first == meow.evaluate(agent, envs, True, torch.device("cpu"))[0]).all()
+    assert len(set(first)) == 3 and (lengths == 200).all()
+    env = gym.make("Pendulum-v1")  # the second episode by hand
+    obs, _ = env.reset(seed=10_001)
+    total, done = 0.0, False
+    while not done:
+        action = agent.sample(torch.as_tensor(obs)[None], deterministic=True)[0].detach().numpy()
+        obs, reward, terminated, truncated, _ = env.step(2 * action)
+        total, done = total + reward, terminated or truncated
+    assert total == pytest.approx(first[1], rel=1e-4)
+
+
+def test_loss_that_is_not_finite_stops_the_run(tmp_path):
+    flags = short_flags(env_id="tasks:NaN-v0", total_timesteps=1000, batch_size=256)
+    done = run(*flags, cwd=tmp_path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    message = re.search(r"error: the loss is not finite: at step (\d+), qf_loss=nan.* is in (\S+)", done.stderr)
+    assert 150 <= int(message[1]) <= 160
+    assert meow.load_checkpoint(tmp_path / message[2])["global_step"] == 200
+
+
+# Presets, flags and bad input
+
+
+PAPER = {  # alpha, tau, sigma_max, learning starts, steps: table of ../shared/ALGORITHMS.md, paper's appendix
+    "Hopper": (0.25, 0.005, -0.3, 5_000, 1_500_000),
+    "HalfCheetah": (0.25, 0.003, 2.0, 10_000, 1_500_000),
+    "Walker2d": (0.1, 0.005, -0.3, 10_000, 4_000_000),
+    "Ant": (0.05, 0.0001, -0.3, 5_000, 4_000_000),
+    "Humanoid": (0.125, 0.0005, -0.3, 5_000, 5_000_000),
+}
+
+
+@pytest.mark.parametrize("task", PAPER)
+@pytest.mark.parametrize("version", ["v4", "v5"])
+def test_presets_are_the_papers_and_flags_win(task, version):
+    args = meow.parse_args(["--env-id", f"{task}-{version}"])
+    assert (args.alpha, args.tau, args.sigma_max, args.learning_starts, args.total_timesteps) == PAPER[task]
+    shared = (args.learning_rate, args.max_grad_norm, args.gamma, args.batch_size, args.buffer_size, args.sigma_min)
+    assert shared == (1e-3, 30, 0.99, 256, 1_000_000, -5)
+    assert (args.dropout, args.utd, args.num_envs, args.eval_episodes, args.eval_frequency) == (0.1, 1, 1, 10, 10_000)
+    args = meow.parse_args(["--env-id", f"{task}-{version}", "--alpha", "0.7", "--no-reward-shift"])
+    assert (args.alpha, args.reward_shift, args.tau) == (0.7, False, PAPER[task][1])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (dict(gamma=1.5), r"--gamma 1.5: expected in \[0, 1\]"),
+        (dict(tau=-0.1), "--tau -0.1: expected"),
+        (dict(alpha=0.0), "--alpha 0.0: expected above 0"),
+        (dict(alpha=float("nan")), "--alpha nan: expected above 0"),
+        (dict(num_envs=0), "--num-envs 0: expected above 0"),
+        (dict(dropout=1.0), r"--dropout 1.0: expected in \[0, 1\)"),
+        (dict(sigma_min=1.0), "--sigma-min 1.0: expected .* sigma_min < sigma_max"),
+        (dict(buffer_size=100), "--buffer-size 100: expected at least --batch-size"),
+        (dict(learning_starts=1, num_envs=2), "--learning-starts 1: expected at least --num-envs"),
+        (dict(seed=-1), "--seed -1: expected"),
+        (dict(env_id="Hoper-v4"), "Hoper.* Did you mean: `Hopper`"),
+        (dict(env_id="nowhere:Task-v0"), "No module named 'nowhere'"),
+        (dict(env_id="tasks:Dict-v0"), "observations are Dict.* expected a Box of one dimension"),
+        (dict(env_id="tasks:Image-v0"), "observations are Box.* no images"),
+        (dict(env_id="tasks:Discrete-v0"), r"actions are Discrete\(3\); expected a Box"),
+        (dict(env_id="tasks:Unbounded-v0"), "actions are Box.*expected finite bounds"),
+    ],
+)
+def test_bad_input_is_refused_before_a_run_begins(tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(meow.UserError, match=message):
+        meow.train(meow.Args(**flags))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_missing_gpu():
+    with pytest.raises(meow.UserError, match="--device cuda: expected cpu: torch sees no CUDA device"):
+        meow.check_args(meow.Args(device="cuda"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_user_errors_are_one_line_and_exit_code_2(tmp_path, script):
+    (tmp_path / "bad.pt").write_bytes(b"not a checkpoint")
+    torch.save({"algorithm": "other_script"}, tmp_path / "other.pt")
+    for flags, message in (
+        (["--env-id", "Hoper-v4"], "error: --env-id Hoper-v4: Environment `Hoper` doesn't exist"),
+        (["--evaluate", "bad.pt"], "error: bad.pt is not a readable checkpoint"),
+        (["--evaluate", "other.pt"], "error: other.pt was written by other_script.py"),
+        (["--evaluate", "absent.pt"], "error: absent.pt: no such checkpoint"),
+    ):
+        done = run(*flags, cwd=tmp_path, script=script)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+        assert done.stderr.strip().splitlines()[-1].startswith(message)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_shows_the_preset_of_the_task(tmp_path, script):
+    done = run("--env-id", "Ant-v4", "--help", cwd=tmp_path, script=script)
+    assert done.returncode == 0 and "--total-timesteps" in done.stdout
+    assert "4000000" in done.stdout  # Ant's preset, not the default
+
+
+def test_dm_control_without_shimmy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "shimmy", None)
+    with pytest.raises(meow.UserError, match=r"dm_control/cartpole-balance-v0.* pip install 'shimmy\[dm-control\]'"):
+        meow.make_env("dm_control/cartpole-balance-v0")
+
+
+def test_dm_control_with_shimmy(tmp_path, monkeypatch):
+    pytest.importorskip("shimmy")
+    pytest.importorskip("dm_control")
+    monkeypatch.chdir(tmp_path)
+    flags = dict(SHORT, total_timesteps=200)
+    folder = meow.train(meow.Args(env_id="dm_control/cartpole-balance-v0", **flags))
+    assert (folder / "best.pt").exists()
+
+
+# Logs and files
+
+
+def test_logs(trained):
+    """Every metric is there, at the right steps, and documented in the README; so is every flag."""
+    logged = scalars(trained)
+    losses = {"losses/" + name for name in ("qf_loss", "qf1_loss", "qf2_loss", "q1", "q2", "target", "grad_norm")}
+    charts = {"charts/episodic_return", "charts/episodic_length", "charts/SPS"}
+    others = {"eval/episodic_return", "eval/episodic_length", "policy/entropy", "policy/log_sigma"}
+    assert set(logged) == losses | charts | others
+    assert [step for step, _ in logged["eval/episodic_return"]] == [200, 400, 600]
+    assert [step for step, _ in logged["losses/qf_loss"]] == [200, 304, 400, 504, 600]
+    readme = (ROOT / "README.md").read_text()
+    assert not [tag for tag in logged if f"`{tag}`" not in readme]
+    assert not [f for f in meow.Args.__dataclass_fields__ if f"`--{f.replace('_', '-')}" not in readme]
+    written = json.loads((trained / "args.json").read_text())
+    assert written["args"]["alpha"] == 2.5 and written["args"]["total_timesteps"] == 600
+    assert written["versions"]["torch"] == torch.__version__
+
+
+def test_readme_names_the_lines_of_the_equations():
+    """Rows `| (k) | equation | Class.method, line N |` of the README point at that definition."""
+    lines = (ROOT / SCRIPTS[0]).read_text().splitlines()
+    rows = re.findall(r"^\| \((\d)\) .*\| `([\w.]+)`, line (\d+) \|$", (ROOT / "README.md").read_text(), re.M)
+    assert [row[0] for row in rows] == list("123456")
+    for _, name, line in rows:
+        assert f"def {name.split('.')[-1]}(" in lines[int(line) - 1]
+
+
+def test_evaluate_replays_a_checkpoint(trained):
+    """Returns printed by --evaluate are the ones logged; flags change what is replayed."""
+    expected = scalars(trained)["eval/episodic_return"][-1][1]
+    cwd = trained.parent.parent
+    done = run("--evaluate", trained / "checkpoint.pt", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"episode \d: return", done.stdout)) == 2
+    assert float(re.search(r"2 episodes: return (\S+)", done.stdout)[1]) == pytest.approx(expected, abs=0.01)
+    sampled = run("--evaluate", trained / "checkpoint.pt", "--no-deterministic-eval", "--eval-episodes", 3, cwd=cwd)
+    assert "3 episodes" in sampled.stdout
+    wrong = run("--evaluate", trained / "checkpoint.pt", "--env-id", "Pendulum-v1", cwd=cwd)
+    assert wrong.returncode == 2 and "(O, D) = (2, 2), Pendulum-v1 has (3, 1)" in wrong.stderr
+    affine = run("--evaluate", trained / "checkpoint.pt", "--coupling", "affine", cwd=cwd)
+    assert affine.returncode == 2 and "does not fit" in affine.stderr and "Traceback" not in affine.stderr
+
+
+@pytest.mark.parametrize("flag", ["--no-reward-shift", "--no-clipped-double-q", "--coupling=affine", "--dropout=0.5"])
+def test_ablations_train_and_replay(tmp_path, flag):
+    done = run(flag, *short_flags(env_id="Pendulum-v1", total_timesteps=150), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (checkpoint,) = tmp_path.glob("runs/*/checkpoint.pt")
+    assert run("--evaluate", checkpoint, cwd=tmp_path).returncode == 0
+
+
+def test_crafted_checkpoint_executes_nothing(tmp_path):
+    class Crafted:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path}/executed",)
+
+    torch.save({"algorithm": "meow_continuous_action", "agent": Crafted()}, tmp_path / "crafted.pt")
+    with pytest.raises(meow.UserError, match="not a readable checkpoint"):
+        meow.load_checkpoint(tmp_path / "crafted.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_killed_run_leaves_a_loadable_checkpoint(tmp_path):
+    """SIGKILL at random moments while a checkpoint is written at every other step."""
+    rng = random.Random(0)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for i in range(3):
+        flags = [*short_flags(env_id=GOAL, total_timesteps=100_000, eval_frequency=16, seed=i), "--max-grad-norm=30"]
+        process = subprocess.Popen([sys.executable, str(ROOT / SCRIPTS[0]), *flags], cwd=tmp_path, env=env)
+        pattern, deadline = f"runs/*__{i}__*/checkpoint.pt", time.time() + 60
+        while not list(tmp_path.glob(pattern)) and time.time() < deadline:
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        (checkpoint,) = tmp_path.glob(pattern)
+        agent, args = meow.load_agent(checkpoint)
+        assert args.seed == i and all(p.isfinite().all() for p in agent.parameters())
+
+
+def test_wandb_offline(tmp_path):
+    flags = short_flags(env_id="Pendulum-v1", total_timesteps=300)
+    done = run("--track", *flags, cwd=tmp_path, WANDB_MODE="offline", WANDB_SILENT="true")
+    assert done.returncode == 0, done.stderr
+    (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    content = log.read_bytes()
+    assert b"losses/qf_loss" in content and b"eval/episodic_return" in content and b"total_timesteps" in content
+
+
+def test_video(tmp_path):
+    """An mp4 of whole episodes where the task can draw; a line that says what to install where it cannot."""
+    flags = short_flags(env_id=GOAL, total_timesteps=200)
+    done = run("--capture-video", *flags, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (before, after) = sorted(tmp_path.glob("runs/*/videos/*.mp4"))
+    assert imageio.imread(before).shape[1:] == (280, 280, 3) and len(imageio.imread(after)) > 1
+    failed = run("--capture-video", "--env-id", "Hopper-v4", cwd=tmp_path, MUJOCO_GL="glx-nowhere")
+    assert failed.returncode == 2 and "Traceback" not in failed.stderr
+    assert "cannot draw here" in failed.stderr and "apt-get install libegl1" in failed.stderr
