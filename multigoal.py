@@ -74,33 +74,34 @@ class MultiGoalEnv(gym.Env):
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)
         self.x = self.start(self.np_random, 1)[0]
-        self.path = [self.x]
+        if self.render_mode is not None:
+            self.canvas = np.full((280, 280, 3), 255, dtype=np.uint8)
+            for goal in self.goals:
+                self.dot(self.canvas, goal, self.radius, (130, 200, 130))
+            for t in np.linspace(0, 1, 100) if self.obstacle else ():
+                self.dot(self.canvas, self.wall[0] + t * (self.wall[1] - self.wall[0]), 0.08, (200, 60, 60))
         return self.x.astype(np.float32), {}
 
     def step(self, action):
+        if self.render_mode is not None:
+            self.dot(self.canvas, self.x, 0.08, (0, 0, 0))
         self.x, reward, goal, hit = self.transition(self.x, np.asarray(action, dtype=np.float64))
-        self.path.append(self.x)
         info = {"goal": int(goal), "hit": bool(hit)}
         return self.x.astype(np.float32), float(reward), bool(goal >= 0), False, info
 
-    def render(self) -> np.ndarray:
+    def render(self) -> np.ndarray | None:
         """The map from above, (280, 280, 3) uint8: goals green, the wall red, the path black, the agent blue."""
-        axis = (np.arange(280) + 0.5) / 20 - BOUND
-        pixels = np.stack(np.meshgrid(axis, -axis), -1)  # (280, 280, 2), y upwards
-        image = np.full((280, 280, 3), 255, dtype=np.uint8)
-
-        def dot(centre, radius, colour):
-            image[np.linalg.norm(pixels - centre, axis=-1) < radius] = colour
-
-        for goal in self.goals:
-            dot(goal, self.radius, (130, 200, 130))
-        if self.obstacle:
-            for t in np.linspace(0, 1, 100):
-                dot(self.wall[0] + t * (self.wall[1] - self.wall[0]), 0.08, (200, 60, 60))
-        for position in self.path:
-            dot(position, 0.08, (0, 0, 0))
-        dot(self.x, 0.2, (40, 80, 220))
+        if self.render_mode is None:
+            return None
+        image = self.canvas.copy()
+        self.dot(image, self.x, 0.2, (40, 80, 220))
         return image
+
+    @staticmethod
+    def dot(image: np.ndarray, centre: np.ndarray, radius: float, colour: tuple[int, int, int]) -> None:
+        """Paint a disc; 20 pixels a unit, y upwards."""
+        axis = (np.arange(280) + 0.5) / 20 - BOUND
+        image[np.hypot(axis[None, :] - centre[0], -axis[:, None] - centre[1]) < radius] = colour
 
 
 FOUR = dict(goals=[(5, 0), (-5, 0), (0, 5), (0, -5)], radius=1.0, start_std=0.1, wall=[(-1.5, 3), (1.5, 3)])

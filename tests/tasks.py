@@ -28,6 +28,19 @@ class Counting(gym.Env):
         return np.array([self.episode, float(self.t)]), reward, self.episode % 2 == 1 and self.t == 3, False, {}
 
 
+class NoScreen(Counting):
+    """A task that can draw, on a machine that cannot."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 5}
+
+    def __init__(self, render_mode=None):
+        super().__init__()
+        self.render_mode = render_mode
+
+    def render(self):
+        raise RuntimeError("no GL context")
+
+
 class Spaces(gym.Env):
     """Never stepped: a task with the given spaces."""
 
@@ -37,7 +50,8 @@ class Spaces(gym.Env):
 
 box = gym.spaces.Box(-1.0, 1.0, (2,))
 gym.register("Counting-v0", Counting, max_episode_steps=5)
-gym.register("NaN-v0", Counting, max_episode_steps=5, kwargs=dict(nan_at=150))
+gym.register("NaN-v0", Counting, max_episode_steps=5, kwargs=dict(nan_at=300))
+gym.register("NoScreen-v0", NoScreen, max_episode_steps=5)
 gym.register("Bounds-v0", Counting, max_episode_steps=5, kwargs=dict(low=(-2.0, 0.0, 5.0), high=(1.0, 0.1, 6.0)))
 gym.register("Dict-v0", Spaces, kwargs=dict(obs=gym.spaces.Dict(a=box), action=box))
 gym.register("Image-v0", Spaces, kwargs=dict(obs=gym.spaces.Box(0, 255, (8, 8, 3), np.uint8), action=box))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import gymnasium as gym
@@ -30,7 +31,7 @@ def run(*flags, cwd, script=SCRIPTS[0], **env) -> subprocess.CompletedProcess:
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     command = [sys.executable, str(ROOT / script), *map(str, flags)]
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
 
 
 def short_flags(**more) -> list[str]:
@@ -94,7 +95,9 @@ def test_buffer_samples_uniformly_what_it_holds():
 def test_buffer_states_and_checks_its_memory():
     humanoid = 4 * 1_000_000 * (2 * 376 + 17 + 2)
     assert f"{humanoid / 1e9:.1f} GB on Humanoid" in " ".join(meow.ReplayBuffer.__doc__.split())
-    with pytest.raises(meow.UserError, match=r"--buffer-size 10{12} needs 3084000.00 GB .* free; expected at most \d+"):
+    with pytest.raises(
+        meow.UserError, match=r"--buffer-size 10{12} needs 3084000.00 GB, cpu has .* free; expected at most \d+"
+    ):
         meow.ReplayBuffer(10**12, 1, 376, 17, torch.device("cpu"))
 
 
@@ -155,12 +158,14 @@ def test_evaluation_repeats_its_episodes():
 
 
 def test_loss_that_is_not_finite_stops_the_run(tmp_path):
-    flags = short_flags(env_id="tasks:NaN-v0", total_timesteps=1000, batch_size=256)
+    flags = short_flags(env_id="tasks:NaN-v0", total_timesteps=1000, batch_size=4096)
     done = run(*flags, cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     message = re.search(r"error: the loss is not finite: at step (\d+), qf_loss=nan.* is in (\S+)", done.stderr)
-    assert 150 <= int(message[1]) <= 160
-    assert meow.load_checkpoint(tmp_path / message[2])["global_step"] == 200
+    assert 300 <= int(message[1]) <= 301  # the first update that can draw the 300th reward draws all there is
+    assert (
+        meow.load_checkpoint(tmp_path / message[2])["global_step"] <= 302
+    )  # no step with an action that is not finite
 
 
 # Presets, flags and bad input
@@ -176,14 +181,14 @@ PAPER = {  # alpha, tau, sigma_max, learning starts, steps: table of ../shared/A
 
 
 @pytest.mark.parametrize("task", PAPER)
-@pytest.mark.parametrize("version", ["v4", "v5"])
-def test_presets_are_the_papers_and_flags_win(task, version):
-    args = meow.parse_args(["--env-id", f"{task}-{version}"])
+@pytest.mark.parametrize("suffix", ["v4", "v5"])
+def test_presets_are_the_papers_and_flags_win(task, suffix):
+    args = meow.parse_args(["--env-id", f"{task}-{suffix}"])
     assert (args.alpha, args.tau, args.sigma_max, args.learning_starts, args.total_timesteps) == PAPER[task]
     shared = (args.learning_rate, args.max_grad_norm, args.gamma, args.batch_size, args.buffer_size, args.sigma_min)
     assert shared == (1e-3, 30, 0.99, 256, 1_000_000, -5)
     assert (args.dropout, args.utd, args.num_envs, args.eval_episodes, args.eval_frequency) == (0.1, 1, 1, 10, 10_000)
-    args = meow.parse_args(["--env-id", f"{task}-{version}", "--alpha", "0.7", "--no-reward-shift"])
+    args = meow.parse_args(["--env-id", f"{task}-{suffix}", "--alpha", "0.7", "--no-reward-shift"])
     assert (args.alpha, args.reward_shift, args.tau) == (0.7, False, PAPER[task][1])
 
 
@@ -245,13 +250,17 @@ def test_help_shows_the_preset_of_the_task(tmp_path, script):
 
 def test_dm_control_without_shimmy(monkeypatch):
     monkeypatch.setitem(sys.modules, "shimmy", None)
-    with pytest.raises(meow.UserError, match=r"dm_control/cartpole-balance-v0.* pip install 'shimmy\[dm-control\]'"):
+    with pytest.raises(
+        meow.UserError, match=r"dm_control/cartpole-balance-v0.* pip install 'shimmy\[dm-control\]' 'mujoco<4'"
+    ):
         meow.make_env("dm_control/cartpole-balance-v0")
 
 
 def test_dm_control_with_shimmy(tmp_path, monkeypatch):
     pytest.importorskip("shimmy")
     pytest.importorskip("dm_control")
+    if int(version("mujoco").split(".")[0]) >= 4:
+        pytest.skip("dm_control does not know mujoco 4")
     monkeypatch.chdir(tmp_path)
     flags = dict(SHORT, total_timesteps=200)
     folder = meow.train(meow.Args(env_id="dm_control/cartpole-balance-v0", **flags))
@@ -269,7 +278,7 @@ def test_logs(trained):
     others = {"eval/episodic_return", "eval/episodic_length", "policy/entropy", "policy/log_sigma"}
     assert set(logged) == losses | charts | others
     assert [step for step, _ in logged["eval/episodic_return"]] == [200, 400, 600]
-    assert [step for step, _ in logged["losses/qf_loss"]] == [200, 304, 400, 504, 600]
+    assert [step for step, _ in logged["losses/qf_loss"]] == [104, 200, 304, 400, 504, 600]
     readme = (ROOT / "README.md").read_text()
     assert not [tag for tag in logged if f"`{tag}`" not in readme]
     assert not [f for f in meow.Args.__dataclass_fields__ if f"`--{f.replace('_', '-')}" not in readme]
@@ -356,6 +365,7 @@ def test_video(tmp_path):
     assert done.returncode == 0, done.stderr
     (before, after) = sorted(tmp_path.glob("runs/*/videos/*.mp4"))
     assert imageio.imread(before).shape[1:] == (280, 280, 3) and len(imageio.imread(after)) > 1
-    failed = run("--capture-video", "--env-id", "Hopper-v4", cwd=tmp_path, MUJOCO_GL="glx-nowhere")
+    failed = run("--capture-video", "--env-id", "tasks:NoScreen-v0", cwd=tmp_path)
     assert failed.returncode == 2 and "Traceback" not in failed.stderr
-    assert "cannot draw here" in failed.stderr and "apt-get install libegl1" in failed.stderr
+    assert "tasks:NoScreen-v0 cannot draw here (no GL context)" in failed.stderr
+    assert "apt-get install libegl1" in failed.stderr
