@@ -50,7 +50,7 @@ class Spaces(gym.Env):
 
 box = gym.spaces.Box(-1.0, 1.0, (2,))
 gym.register("Counting-v0", Counting, max_episode_steps=5)
-gym.register("NaN-v0", Counting, max_episode_steps=5, kwargs=dict(nan_at=300))
+gym.register("NaN-v0", Counting, max_episode_steps=5, kwargs=dict(nan_at=150))
 gym.register("NoScreen-v0", NoScreen, max_episode_steps=5)
 gym.register("Bounds-v0", Counting, max_episode_steps=5, kwargs=dict(low=(-2.0, 0.0, 5.0), high=(1.0, 0.1, 6.0)))
 gym.register("Dict-v0", Spaces, kwargs=dict(obs=gym.spaces.Dict(a=box), action=box))

@@ -129,7 +129,8 @@ def test_same_seed_same_numbers_and_evaluation_leaves_training_alone(tmp_path, m
     agents, curves = [], []
     for name, seed, eval_frequency in (("a", 1, 200), ("b", 1, 200), ("c", 1, 600), ("d", 2, 200)):
         flags = dict(seed=seed, eval_frequency=eval_frequency, exp_name=name, total_timesteps=600)
-        folder = meow.train(meow.parse_args(["--env-id", GOAL, *short_flags(**flags)]))
+        flags = ["--env-id", GOAL, "--no-deterministic-eval", *short_flags(**flags)]
+        folder = meow.train(meow.parse_args(flags))
         agents.append(torch.load(folder / "checkpoint.pt", weights_only=True)["agent"])
         curves.append(scalars(folder)["eval/episodic_return"])
 
@@ -158,13 +159,13 @@ def test_evaluation_repeats_its_episodes():
 
 
 def test_loss_that_is_not_finite_stops_the_run(tmp_path):
-    flags = short_flags(env_id="tasks:NaN-v0", total_timesteps=1000, batch_size=4096)
+    flags = short_flags(env_id="tasks:NaN-v0", total_timesteps=1000, batch_size=2048)
     done = run(*flags, cwd=tmp_path)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     message = re.search(r"error: the loss is not finite: at step (\d+), qf_loss=nan.* is in (\S+)", done.stderr)
-    assert 300 <= int(message[1]) <= 301  # the first update that can draw the 300th reward draws all there is
+    assert 150 <= int(message[1]) <= 151  # the first update that can draw the 150th reward draws all there is
     assert (
-        meow.load_checkpoint(tmp_path / message[2])["global_step"] <= 302
+        meow.load_checkpoint(tmp_path / message[2])["global_step"] <= 152
     )  # no step with an action that is not finite
 
 
