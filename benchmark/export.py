@@ -1,6 +1,6 @@
-"""A run's evaluation curve as CSV, and as a picture beside the paper's.
+"""Evaluation curves of runs on one task as CSV, and as a picture beside the paper's.
 
-    python -m benchmark.export runs/RUN --csv benchmark/results/NAME.csv --png benchmark/results/NAME.png
+    python -m benchmark.export runs/RUN [runs/RUN ...] --csv benchmark/results/NAME.csv --png benchmark/results/NAME.png
 
 CSV: step, return (mean of the evaluation episodes), SPS, seed, commit, machine, command, one row an evaluation.
 The paper's curves are in benchmark/reference/learning_curves.csv (digitised from its figures).
@@ -20,8 +20,8 @@ REFERENCE = Path(__file__).parent / "reference" / "learning_curves.csv"
 
 @dataclasses.dataclass
 class Args:
-    run: tyro.conf.Positional[Path]
-    """folder of the run"""
+    runs: tyro.conf.Positional[list[Path]]
+    """folders of the runs"""
     csv: Path
     """file to write"""
     png: Path | None = None
@@ -57,7 +57,7 @@ def draw(rows: list[dict], env_id: str, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
-    last = rows[-1]["step"]
+    last = max(row["step"] for row in rows)
     paper = [point for point in reference(env_id) if point[0] <= 1.2 * last]
     ax.plot(
         *zip(*paper, strict=True), color="black", linestyle="--", label="paper, figure 3, mean of 5 seeds, digitised"
@@ -75,16 +75,16 @@ def draw(rows: list[dict], env_id: str, path: Path) -> None:
 
 
 def main(args: Args) -> None:
-    rows = curve(args.run)
+    rows = [row for run in args.runs for row in curve(run)]
+    (env_id,) = {json.loads((run / "args.json").read_text())["args"]["env_id"] for run in args.runs}
     args.csv.parent.mkdir(parents=True, exist_ok=True)
     with open(args.csv, "w", newline="") as f:
         writer = csv.DictWriter(f, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    env_id = json.loads((args.run / "args.json").read_text())["args"]["env_id"]
     if args.png is not None:
         draw(rows, env_id, args.png)
-    print(f"{env_id}: {len(rows)} evaluations, last {rows[-1]['return']} at step {rows[-1]['step']}")
+    print(f"{env_id}: {len(rows)} evaluations of {len(args.runs)} runs in {args.csv}")
 
 
 if __name__ == "__main__":
