@@ -256,16 +256,16 @@ class StateNet(nn.Module):
 
     def __init__(self, obs_dim: int, hidden_dim: int, out_dim: int):
         super().__init__()
-        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for n_in, n_out in ((obs_dim, hidden_dim), (hidden_dim, hidden_dim), (hidden_dim, out_dim)):
-            self.weights.append(torch.zeros(n_in, n_out))
-            self.biases.append(torch.empty(n_out).uniform_(-1, 1) / math.sqrt(n_in))  # as nn.Linear draws it
-        self.betas = nn.ParameterList([torch.ones(hidden_dim), torch.ones(hidden_dim)])
+        sizes = ((obs_dim, hidden_dim), (hidden_dim, hidden_dim), (hidden_dim, out_dim))
+        self.weight1, self.weight2, self.weight3 = (nn.Parameter(torch.zeros(n, m)) for n, m in sizes)
+        biases = (torch.empty(m).uniform_(-1, 1) / math.sqrt(n) for n, m in sizes)  # as nn.Linear draws them
+        self.bias1, self.bias2, self.bias3 = (nn.Parameter(bias) for bias in biases)
+        self.beta1, self.beta2 = nn.Parameter(torch.ones(hidden_dim)), nn.Parameter(torch.ones(hidden_dim))
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        h = swish(torch.addmm(self.biases[0], obs, self.weights[0]), self.betas[0])  # (B, hidden)
-        h = swish(torch.addmm(self.biases[1], h, self.weights[1]), self.betas[1])  # (B, hidden)
-        return torch.addmm(self.biases[2], h, self.weights[2])  # (B, out)
+        h = swish(torch.addmm(self.bias1, obs, self.weight1), self.beta1)  # (B, hidden)
+        h = swish(torch.addmm(self.bias2, h, self.weight2), self.beta2)  # (B, hidden)
+        return torch.addmm(self.bias3, h, self.weight3)  # (B, out)
 
 
 class Coupling(nn.Module):

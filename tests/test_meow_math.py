@@ -260,9 +260,10 @@ def test_nets_are_the_papers():
         assert layer.mask.tolist() == ([1, 0, 1] if k % 2 == 0 else [0, 1, 0])
         torch.testing.assert_close(layer.linear2.weight @ layer.linear2.weight.T, torch.eye(64), atol=1e-5, rtol=0)
     for net, hidden, out in [(agent.value.sigma_net, 64, 3)] + [(b, 256, 1) for b in agent.value.shift_nets]:
-        assert [tuple(w.shape) for w in net.weights] == [(11, hidden), (hidden, hidden), (hidden, out)]
-        assert all((w == 0).all() for w in net.weights)
+        weights, biases = (net.weight1, net.weight2, net.weight3), (net.bias1, net.bias2, net.bias3)
+        assert [tuple(w.shape) for w in weights] == [(11, hidden), (hidden, hidden), (hidden, out)]
+        assert all((w == 0).all() for w in weights)
         bounds = [11**-0.5, hidden**-0.5, hidden**-0.5]
-        assert all(0 < b.abs().max() <= bound for b, bound in zip(net.biases, bounds, strict=True))
+        assert all(0 < b.abs().max() <= bound for b, bound in zip(biases, bounds, strict=True))
     obs = torch.randn(100, 11)
     assert (agent.value.log_sigma(obs) >= -5.0).all() and (agent.value.log_sigma(obs) <= -0.3).all()
