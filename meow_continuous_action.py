@@ -91,8 +91,8 @@ class Args:
     eval_episodes: int = 10
     """episodes of an evaluation; their seeds are the same every time"""
     deterministic_eval: bool = True
-    """evaluate the deterministic action (Proposition 2: u = 0) rather than samples"""
-    # MEow's own
+    """evaluate the policy's deterministic action rather than samples"""
+    # MEow's own; `u = 0` is the deterministic action (Proposition 2)
     alpha: float = 0.2
     """temperature: the weight of the entropy"""
     learning_rate: float = 1e-3
@@ -108,7 +108,7 @@ class Args:
     coupling: Literal["additive", "affine"] = "additive"
     """form of the four coupling layers"""
     reward_shift: bool = True
-    """learnable reward shifts b_1, b_2 (without them: the paper's vanilla ablation)"""
+    """learnable reward shifts b_1(s), b_2(s) in the Q-functions"""
     clipped_double_q: bool = True
     """the smaller V_i' in the target (without it their mean: the paper's ablation with shifts only)"""
 
@@ -125,6 +125,11 @@ PRESETS = {
     "Humanoid-v4": dict(alpha=0.125, tau=0.0005, total_timesteps=5_000_000),
     "multigoal:MultiGoal-v0": GOAL_MAP | dict(alpha=2.5),
     "multigoal:MultiGoalAsymmetric-v0": GOAL_MAP | dict(alpha=10.0, gamma=0.8),
+}
+OWN_POSITIVE = ("alpha", "learning_rate", "max_grad_norm")  # for check_args: what the algorithm's own flags must be
+OWN_RANGES = {
+    "sigma_min": (lambda args: -20 <= args.sigma_min < args.sigma_max <= 10, "-20 <= sigma_min < sigma_max <= 10"),
+    "dropout": (lambda args: 0 <= args.dropout < 1, "in [0, 1)"),
 }
 
 
@@ -149,15 +154,10 @@ def parse_args(argv: list[str] | None = None) -> Args:
 def check_args(args: Args) -> None:
     """Raise UserError, naming the flag, its value and its range, before anything is built."""
     positive = ("total_timesteps", "num_envs", "utd", "batch_size", "eval_frequency", "eval_episodes")
-    positive += ("alpha", "learning_rate", "max_grad_norm")
-    ranges = {name: (0 < getattr(args, name) < math.inf, "above 0 and finite") for name in positive}
+    ranges = {name: (0 < getattr(args, name) < math.inf, "above 0 and finite") for name in positive + OWN_POSITIVE}
     ranges |= {name: (0 <= getattr(args, name) <= 1, "in [0, 1]") for name in ("gamma", "tau")}
-    ranges["dropout"] = (0 <= args.dropout < 1, "in [0, 1)")
     ranges["seed"] = (0 <= args.seed < 2**32, "in [0, 2^32)")
-    ranges["sigma_min"] = (
-        -20 <= args.sigma_min < args.sigma_max <= 10,
-        "-20 <= sigma_min < sigma_max <= 10 (logarithms)",
-    )
+    ranges |= {name: (holds(args), expected) for name, (holds, expected) in OWN_RANGES.items()}
     ranges["learning_starts"] = (args.learning_starts >= args.num_envs, "at least --num-envs")
     ranges["buffer_size"] = (args.buffer_size >= max(args.batch_size, args.num_envs), "at least --batch-size")
     ranges["device"] = (args.device != "cuda" or torch.cuda.is_available(), "cpu: torch sees no CUDA device")
@@ -382,6 +382,12 @@ class MEow(nn.Module):
         log_sigma = self.value.log_sigma(obs).sum(-1)
         return self.energy(obs, action) - log_sigma - self.value.log_normalizer
 
+    @torch.no_grad()
+    def statistics(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What is logged of the policy: its entropy (nats) and log sigma, means over the batch."""
+        entropy = -self.log_prob(obs, self.sample(obs)).mean()
+        return dict(entropy=entropy, log_sigma=self.value.log_sigma(obs).mean())
+
 
 LOSSES = ("qf_loss", "qf1_loss", "qf2_loss", "q1", "q2", "target", "grad_norm")
 
@@ -411,17 +417,18 @@ def dropout_masks(batch_size: int, p: float, device: torch.device) -> torch.Tens
     return bits.view(torch.int16).ge(round(p * 2**16) - 2**15).float().div_(1 - p)
 
 
-def make_update(agent: MEow, args: Args):
-    """Returns update(batch) -> statistics (7,), named in LOSSES: one gradient step of equation (6).
+def make_meow_update(agent: MEow, args: Args):
+    """Returns update(batch, n) -> statistics (7,), named in LOSSES: one gradient step of equation (6).
 
-    Also returns what it changes besides the agent's parameters: the target V' and the optimiser.
+    n counts the updates (nothing here depends on it). Also returns, by name, what an update changes besides the
+    agent: the target V' and the optimiser.
     """
     target = copy.deepcopy(agent.value).requires_grad_(False)
     flow_params, value_params = flatten_parameters(agent.couplings), flatten_parameters(agent.value)
     target_params = flatten_parameters(target).detach()
     optimizer = torch.optim.Adam([flow_params, value_params], lr=args.learning_rate, fused=True)
 
-    def update(batch: Batch) -> torch.Tensor:
+    def update(batch: Batch, n: int) -> torch.Tensor:
         with torch.no_grad():
             next_v = target(batch.next_obs)  # (B, 2)
             next_v = next_v.amin(-1) if args.clipped_double_q else next_v.mean(-1)  # (B,)
@@ -438,12 +445,15 @@ def make_update(agent: MEow, args: Args):
         target_params.lerp_(value_params, args.tau)  # V' <- V' + tau (V - V')
         return torch.cat([torch.stack([loss, *qf_loss, *q.mean(0), y.mean()]).detach(), grad_norm[None]])
 
-    return update, target, optimizer
+    return update, dict(target=target, optimizer=optimizer)
+
+
+Agent, make_update = MEow, make_meow_update  # what the code from here on, the same in every script, calls
 
 
 @torch.random.fork_rng()  # sampled evaluations, too, leave the random numbers of training alone
 @torch.no_grad()
-def evaluate(agent: MEow, envs: gym.vector.VectorEnv, deterministic: bool, device: torch.device):
+def evaluate(agent: Agent, envs: gym.vector.VectorEnv, deterministic: bool, device: torch.device):
     """One episode in each of `envs`, the same ones every time. Returns their returns (E,) and lengths (E,)."""
     obs, _ = envs.reset(seed=EVAL_SEED)
     returns, lengths = np.zeros(envs.num_envs), np.zeros(envs.num_envs, dtype=np.int64)
@@ -459,7 +469,7 @@ def evaluate(agent: MEow, envs: gym.vector.VectorEnv, deterministic: bool, devic
 
 @torch.random.fork_rng()
 @torch.no_grad()
-def record_video(agent: MEow, args: Args, folder: Path, name: str, device: torch.device) -> None:
+def record_video(agent: Agent, args: Args, folder: Path, name: str, device: torch.device) -> None:
     """Write the first evaluation episode to folder/name-episode-0.mp4. Raises UserError without a GL backend."""
     env = make_env(args.env_id, render_mode="rgb_array")
     try:
@@ -503,11 +513,11 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     return checkpoint
 
 
-def load_agent(path: str | Path, device: torch.device | str = "cpu", args: Args | None = None) -> tuple[MEow, Args]:
+def load_agent(path: str | Path, device: torch.device | str = "cpu", args: Args | None = None) -> tuple[Agent, Args]:
     """The agent of a checkpoint and its args (or the ones given). Raises UserError if they do not fit together."""
     checkpoint = load_checkpoint(path, device)
     args = args or Args(**checkpoint["args"])
-    agent = MEow(checkpoint["obs_dim"], checkpoint["action_dim"], args).to(device)
+    agent = Agent(checkpoint["obs_dim"], checkpoint["action_dim"], args).to(device)
     try:
         agent.load_state_dict(checkpoint["agent"])
     except RuntimeError as e:
@@ -583,8 +593,8 @@ def train(args: Args) -> Path:
     obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, obs_dim, action_dim, device)
 
-    agent = MEow(obs_dim, action_dim, args).to(device)
-    update, target, optimizer = make_update(agent, args)
+    agent = Agent(obs_dim, action_dim, args).to(device)
+    update, learner = make_update(agent, args)
 
     run_dir, writer = start_run(args)
     if args.capture_video:
@@ -595,11 +605,11 @@ def train(args: Args) -> Path:
         writer.flush()
         facts = dict(algorithm=Path(__file__).stem, args=dataclasses.asdict(args), obs_dim=obs_dim)
         facts |= dict(action_dim=action_dim, global_step=global_step, best_return=best_return)
-        state = {k: v.state_dict() for k, v in dict(agent=agent, target=target, optimizer=optimizer).items()}
+        state = {k: v.state_dict() for k, v in dict(agent=agent, **learner).items()}
         save_checkpoint(run_dir / name, facts | state)
 
     def check_losses() -> torch.Tensor:
-        """Statistics of the updates since the last log, (updates, 7). Stops the run if one is not finite."""
+        """Statistics of the updates since the last log, (updates, L). Stops the run if one is not finite."""
         losses = torch.stack([s for _, s in stats]).cpu()
         for i in losses.isfinite().all(-1).logical_not().nonzero().flatten().tolist():
             row = ", ".join(f"{k}={v:.4g}" for k, v in zip(LOSSES, losses[i].tolist(), strict=True))
@@ -610,9 +620,9 @@ def train(args: Args) -> Path:
         save("failed.pt")
         raise FloatingPointError(f"{message}. The state at step {global_step} is in {run_dir}/failed.pt")
 
-    global_step, updates_due = 0, 0.0
+    global_step, updates, updates_due = 0, 0, 0.0
     save("checkpoint.pt")  # from here on, a run that is killed leaves a file that loads
-    stats = []  # (global_step, statistics (7,)) of the updates since the last log
+    stats = []  # (global_step, statistics (L,)) of the updates since the last log
     start_time = time.time()
     obs, _ = envs.reset(seed=args.seed)
     interval = 0.5 if sys.stderr.isatty() else 30.0  # seconds; a log file needs fewer lines
@@ -647,18 +657,16 @@ def train(args: Args) -> Path:
             updates_due += args.num_envs * args.utd
             while updates_due >= 1:
                 updates_due -= 1
-                stats.append((global_step, update(buffer.sample(args.batch_size))))
+                stats.append((global_step, update(buffer.sample(args.batch_size), updates)))
+                updates += 1
 
         eval_due = global_step % args.eval_frequency < args.num_envs or global_step >= args.total_timesteps
         if stats and (eval_due or global_step % 100 < args.num_envs):
             for name, value in zip(LOSSES, check_losses().mean(0).tolist(), strict=True):
                 writer.add_scalar(f"losses/{name}", value, global_step)
             stats.clear()
-            with torch.no_grad():
-                batch = buffer.sample(args.batch_size)
-                entropy = -agent.log_prob(batch.obs, agent.sample(batch.obs)).mean()
-                writer.add_scalar("policy/entropy", entropy.item(), global_step)
-                writer.add_scalar("policy/log_sigma", agent.value.log_sigma(batch.obs).mean().item(), global_step)
+            for name, value in agent.statistics(buffer.sample(args.batch_size).obs).items():
+                writer.add_scalar(f"policy/{name}", value.item(), global_step)
             sps = global_step / (time.time() - start_time)
             writer.add_scalar("charts/SPS", sps, global_step)
             bar.set_postfix_str(f"SPS {sps:.0f}, return {episodic_return:.1f}, eval {eval_return:.1f}", refresh=False)

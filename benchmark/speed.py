@@ -47,7 +47,7 @@ def main(args: Args) -> None:
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     flags = meow.parse_args(["--env-id", args.env_id])
     agent = meow.MEow(obs_dim, action_dim, flags)
-    update, _, _ = meow.make_update(agent, flags)
+    update, _ = meow.make_update(agent, flags)
     buffer = meow.ReplayBuffer(100_000, 1, obs_dim, action_dim, torch.device("cpu"))
     buffer.size = buffer.capacity
     for field in buffer.data[:4]:
@@ -61,7 +61,7 @@ def main(args: Args) -> None:
 
     print(f"{args.env_id}, {args.threads} of {os.cpu_count()} threads, torch {torch.__version__}, {platform.machine()}")
     for name, function, calls in (
-        ("update", lambda: update(buffer.sample(flags.batch_size)), 50),
+        ("update", lambda: update(buffer.sample(flags.batch_size), 0), 50),
         ("act", act, 500),
     ):
         best, median = milliseconds(function, calls, args.repeats)

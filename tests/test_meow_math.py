@@ -160,7 +160,7 @@ def test_saturated_actions_are_finite(coupling, value):
 def test_value_needs_neither_couplings_nor_actions():
     """The target holds the sigma-net and the two shift nets alone, and V does not move with the couplings."""
     agent = random_agent(11, 3)
-    _, target, _ = meow.make_update(agent, meow.Args())
+    target = meow.make_update(agent, meow.Args())[1]["target"]
     names = {name.split(".")[0] for name, _ in target.named_parameters()}
     assert names == {"sigma_net", "shift_nets"} and len(target.shift_nets) == 2
     obs = torch.randn(8, 11, dtype=torch.float64)
@@ -184,10 +184,10 @@ def test_update_against_plain_pytorch(clipped):
     agent = random_agent(6, 2)
     reference, reference_target = copy.deepcopy(agent), copy.deepcopy(agent)
     optimizer = torch.optim.Adam(reference.parameters(), lr=args.learning_rate)
-    update, target, _ = meow.make_update(agent, args)
-    for _ in range(5):
+    update, learner = meow.make_update(agent, args)
+    for n in range(5):
         batch = random_batch(32, 6, 2)
-        stats = update(batch)
+        stats = update(batch, n)
         with torch.no_grad():
             v = reference_target.v(batch.next_obs)
             v = torch.minimum(v[:, 0], v[:, 1]) if clipped else (v[:, 0] + v[:, 1]) / 2
@@ -207,7 +207,7 @@ def test_update_against_plain_pytorch(clipped):
         torch.testing.assert_close(stats[3:], torch.stack([*q.mean(0), y.mean(), norm]).detach())
     for p, p_reference in zip(agent.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p, p_reference, rtol=1e-9, atol=1e-12)
-    for p, p_reference in zip(target.parameters(), reference_target.value.parameters(), strict=True):
+    for p, p_reference in zip(learner["target"].parameters(), reference_target.value.parameters(), strict=True):
         torch.testing.assert_close(p, p_reference, rtol=1e-9, atol=1e-12)
 
 

@@ -107,12 +107,12 @@ def test_updates_per_step(tmp_path, monkeypatch, utd, num_envs, updates):
     made, make_update = [], meow.make_update
 
     def counted(agent, args):
-        update, *rest = make_update(agent, args)
-        return lambda batch: made.append(len(batch.obs)) or update(batch), *rest
+        update, learner = make_update(agent, args)
+        return lambda batch, n: made.append((len(batch.obs), n)) or update(batch, n), learner
 
     monkeypatch.setattr(meow, "make_update", counted)
     meow.train(meow.Args(env_id="tasks:Counting-v0", utd=utd, num_envs=num_envs, **SHORT, total_timesteps=200))
-    assert made == [32] * updates
+    assert made == [(32, n) for n in range(updates)]
 
 
 def test_actions_reach_the_task_in_its_own_bounds():
