@@ -91,9 +91,9 @@ class Args:
     """evaluate the policy's deterministic action rather than samples"""
     # SAC's own; the deterministic action is tanh(mu(s))
     alpha: float = 1.0
-    """temperature: the weight of the entropy; where it starts if it is automatic"""
+    """temperature: the weight of the entropy"""
     autotune: bool = True
-    """automatic temperature: alpha moves until the entropy is -D"""
+    """automatic temperature: from alpha on, it moves until the entropy is -D"""
     policy_lr: float = 3e-4
     """Adam's step size for the actor"""
     q_lr: float = 1e-3
