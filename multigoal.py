@@ -14,6 +14,7 @@ gymnasium.make takes obstacle=True (a wall, for tests of a trained policy) and m
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import sys
 from collections.abc import Callable
@@ -273,14 +274,26 @@ def draw(env, rollouts: Rollouts, axis: np.ndarray, v: np.ndarray, difference: n
     plt.close(figure)
 
 
-def main(args: Args) -> None:
+class Measured(NamedTuple):
+    rollouts: Rollouts  # of sampled actions
+    optimum: SoftOptimum
+    v: np.ndarray  # (S, S), the learned V on the optimum's grid, of the head that the target uses
+    difference: np.ndarray  # (S, S), V - V*, 0 in the goals
+    rmse: float  # of V against V*, over the grid within 5.5 of the origin on each axis, outside the goals
+    v_origin: float  # learned V at the origin
+    optimum_origin: float  # V* there
+
+
+@functools.cache
+def optimum_of(env_id: str, alpha: float, gamma: float) -> SoftOptimum:
+    return soft_value_iteration(gym.make(env_id), alpha, gamma)
+
+
+def measure(agent, trained, env: gym.Env, episodes: int, seed: int = 0) -> Measured:
+    """A trained agent against the optimum of its map, temperature and discount. trained: the args of its run."""
     import torch
 
-    agent, trained = load_policy(args.checkpoint)
-    if trained.env_id not in MAPS:
-        fail(f"{args.checkpoint} was trained on {trained.env_id}; expected one of {', '.join(MAPS)}")
-    env = gym.make(trained.env_id, obstacle=args.obstacle)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(seed)
 
     @torch.no_grad()
     def policy(obs: np.ndarray) -> np.ndarray:
@@ -290,17 +303,29 @@ def main(args: Args) -> None:
     def v(obs: np.ndarray) -> np.ndarray:
         return agent.v(torch.as_tensor(obs, dtype=torch.float32)).amin(-1).numpy()  # the V of the target
 
-    rollouts = rollout(env, policy, args.episodes, args.seed)
-    optimum = soft_value_iteration(gym.make(trained.env_id), trained.alpha, trained.gamma)
+    rollouts = rollout(env, policy, episodes, seed)
+    optimum = optimum_of(trained.env_id, trained.alpha, trained.gamma)
     axis, n = optimum.axis, len(optimum.axis)
     grid = np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2)
     learned = v(grid)
     difference = learned - optimum.values.ravel()
     distance = np.linalg.norm(grid[:, None] - env.unwrapped.goals, axis=-1).min(-1)
-    inside = (np.abs(grid).max(-1) <= 5.5) & (distance >= env.unwrapped.radius)
-    rmse = np.sqrt(np.square(difference[inside]).mean())
+    outside = distance >= env.unwrapped.radius
+    rmse = np.sqrt(np.square(difference[outside & (np.abs(grid).max(-1) <= 5.5)]).mean())
+    difference = np.where(outside, difference, 0).reshape(n, n)
     origin = np.zeros((1, 2))
+    return Measured(
+        rollouts, optimum, learned.reshape(n, n), difference, float(rmse), float(v(origin)[0]), optimum.v(origin)[0]
+    )
 
+
+def main(args: Args) -> None:
+    agent, trained = load_policy(args.checkpoint)
+    if trained.env_id not in MAPS:
+        fail(f"{args.checkpoint} was trained on {trained.env_id}; expected one of {', '.join(MAPS)}")
+    env = gym.make(trained.env_id, obstacle=args.obstacle)
+    measured = measure(agent, trained, env, args.episodes, args.seed)
+    rollouts, rmse = measured.rollouts, measured.rmse
     counts = [int((rollouts.goals == g).sum()) for g in range(len(env.unwrapped.goals))]
     print(f"goals reached: {' / '.join(map(str, counts))}, {sum(counts)} of {args.episodes}")
     print(f"return: {rollouts.returns.mean():.1f} +- {rollouts.returns.std():.1f}")
@@ -308,13 +333,12 @@ def main(args: Args) -> None:
     if args.obstacle:
         hit = rollouts.hits
         print(f"wall hit by {hit.sum()}, of which {((rollouts.goals >= 0) & hit).sum()} reached a goal")
-    print(f"V(0,0): {v(origin)[0]:.1f}, optimum {optimum.v(origin)[0]:.1f}")
+    print(f"V(0,0): {measured.v_origin:.1f}, optimum {measured.optimum_origin:.1f}")
     print(f"RMSE of V against V*: {rmse:.1f} (grid within 5.5 of the origin on each axis, outside the goals)")
 
     output = args.output or args.checkpoint.with_name("multigoal.png")
     titles = (f"V and 20 sampled paths, {sum(counts)} of {args.episodes} reach a goal", f"V - V*, RMSE {rmse:.1f}")
-    difference = np.where(distance >= env.unwrapped.radius, difference, 0).reshape(n, n)
-    draw(env, rollouts, axis, learned.reshape(n, n), difference, titles, output)
+    draw(env, rollouts, measured.optimum.axis, measured.v, measured.difference, titles, output)
     print(f"picture: {output}")
 
 

@@ -1,0 +1,180 @@
+"""Errors of the soft-value estimators of SQL and SAC, on a trained MEow whose soft value is known (figure 1b).
+
+    python -m benchmark.estimation --checkpoint runs/RUN/checkpoint.pt --csv NAME.csv --png NAME.png
+
+Q, pi and V = alpha log int exp(Q / alpha) da are those of the checkpoint (the smaller head, as in the target). Q is
+then given to the estimators, by the code of the scripts that train with them, for M = 1 ... 1024 samples:
+
+    SQL, uniform actions         sql_continuous_action.importance_sampled_value
+    SAC, its Gaussian actor      sac_continuous_action.monte_carlo_value; the actor is trained on this Q first
+    SAC, MEow's policy           the same with actions of pi: exact by equation (4), the control of the method
+
+at an initial state and over states that the policy visits. Bias: mean of estimate - V; spread: standard deviation of
+an estimate; both by state, then averaged over the states. With D <= 2, V is also integrated by quadrature.
+"""
+
+import csv
+import dataclasses
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+import meow_continuous_action as meow
+import sac_continuous_action as sac
+import sql_continuous_action as sql
+
+UNIFORM, GAUSSIAN, OWN = "SQL, uniform actions", "SAC, its Gaussian actor", "SAC, MEow's policy"
+M = [2**k for k in range(11)]
+
+
+@dataclasses.dataclass
+class Args:
+    checkpoint: Path
+    """checkpoint of a MEow run"""
+    csv: Path
+    """table to write"""
+    png: Path | None = None
+    """picture to write"""
+    states: int = 64
+    """visited states"""
+    repeats: int = 100
+    """estimates with M = 1024 at a state; there are 1024 / M times as many with M samples"""
+    actor_steps: int = 2000
+    """gradient steps of SAC's actor on the checkpoint's Q"""
+    seed: int = 0
+    """seed of the samples"""
+
+
+def smaller_q(agent: meow.MEow, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
+    """min_i Q_i(s,a), (M, B), for obs (B, O) and actions (M, B, D)."""
+    return agent.q(obs.expand(len(actions), *obs.shape), actions).amin(-1)
+
+
+def visited_states(agent: meow.MEow, env_id: str, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """An initial state (1, O), and n (n, O) drawn from ten episodes of sampled actions."""
+    envs = meow.make_envs(env_id, 10)
+    obs, _ = envs.reset(seed=meow.EVAL_SEED)
+    initial, states, active = obs[:1], [], np.ones(10, dtype=bool)
+    while active.any():
+        states += list(obs[active])
+        with torch.no_grad():
+            actions = agent.sample(torch.as_tensor(obs, dtype=torch.float32))
+        obs, _, terminations, truncations, _ = envs.step(actions.numpy())
+        active &= ~(terminations | truncations)
+    chosen = torch.randint(len(states), (n,)).tolist()
+    return tuple(torch.as_tensor(np.array(x), dtype=torch.float32) for x in (initial, [states[i] for i in chosen]))
+
+
+def train_actor(agent: meow.MEow, obs: torch.Tensor, steps: int) -> sac.SAC:
+    """SAC's actor, trained by its own loss on this Q, alpha and these states, 16 actions a state and step."""
+    actor = sac.SAC(agent.obs_dim, agent.action_dim, sac.Args(alpha=agent.alpha, autotune=False))
+    optimizer = torch.optim.Adam(actor.actor.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        actions, log_prob = actor.sample_with_log_prob(obs.expand(16, *obs.shape))
+        loss = (agent.alpha * log_prob - smaller_q(agent, obs, actions)).mean()
+        optimizer.zero_grad()
+        loss.backward(inputs=list(actor.actor.parameters()))
+        optimizer.step()
+        schedule.step()
+    return actor
+
+
+@torch.no_grad()
+def estimates(name: str, agent: meow.MEow, actor: sac.SAC, obs: torch.Tensor, m: int, n: int) -> torch.Tensor:
+    """n independent estimates (n, B) of V(s) from m samples each."""
+    shape = (m, n * len(obs), agent.action_dim)
+    repeated = obs.repeat(n, 1)  # (n B, O)
+    if name == UNIFORM:
+        q = smaller_q(agent, repeated, torch.rand(shape) * 2 - 1)
+        return sql.importance_sampled_value(q, agent.alpha, agent.action_dim).view(n, len(obs))
+    many = repeated.expand(m, *repeated.shape)  # (m, n B, O)
+    if name == GAUSSIAN:
+        actions, log_prob = actor.sample_with_log_prob(many)
+    else:
+        actions = agent.sample(many)
+        log_prob = agent.log_prob(many, actions)
+    return sac.monte_carlo_value(smaller_q(agent, repeated, actions), log_prob, agent.alpha).view(n, len(obs))
+
+
+@torch.no_grad()
+def quadrature(agent: meow.MEow, obs: torch.Tensor) -> torch.Tensor:
+    """alpha log int exp(min_i Q_i / alpha) da, (B,), for D <= 2, by a sum over z with a = tanh z."""
+    z = torch.linspace(-6.0, 6.0, 4001 if agent.action_dim == 1 else 401, dtype=torch.float64)
+    log_weight = sac.log_one_minus_tanh2(z) + (z[1] - z[0]).log()
+    points = torch.cartesian_prod(*[z] * agent.action_dim).reshape(-1, agent.action_dim)
+    log_weights = torch.cartesian_prod(*[log_weight] * agent.action_dim).reshape(len(points), -1).sum(-1)
+    agent = agent.double()
+    values = []
+    for s in obs.double():
+        q = torch.cat([smaller_q(agent, s[None], part[:, None])[:, 0] for part in torch.tanh(points).split(20_000)])
+        values.append(agent.alpha * torch.logsumexp(q / agent.alpha + log_weights, 0))
+    agent.float()
+    return torch.stack(values)
+
+
+def draw(rows: list[dict], env_id: str, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    for ax, where in zip(axes, ("initial", "visited"), strict=True):
+        for name in (UNIFORM, GAUSSIAN, OWN):
+            chosen = [row for row in rows if (row["states"], row["estimator"]) == (where, name)]
+            m, bias, spread = (np.array([row[key] for row in chosen]) for key in ("M", "bias", "spread"))
+            ax.plot(m, bias, marker="o", markersize=3, label=name)
+            ax.fill_between(m, bias - spread, bias + spread, alpha=0.2)
+        ax.axhline(0, color="black", linewidth=0.8, linestyle="--", label="MEow, equation (3)")
+        ax.set(title=f"{env_id}, {where} state{'s' * (where == 'visited')}", xlabel="M", ylabel="estimate - V")
+        ax.set_xscale("log", base=2)
+    axes[0].legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(args: Args) -> None:
+    try:
+        agent, trained = meow.load_agent(args.checkpoint)
+    except meow.UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+    torch.manual_seed(args.seed)
+    initial, visited = visited_states(agent, trained.env_id, args.states)
+    actor = train_actor(agent, torch.cat([initial, visited]), args.actor_steps)
+    rows = []
+    for where, obs in (("initial", initial), ("visited", visited)):
+        with torch.no_grad():
+            v = agent.v(obs).amin(-1)  # (B,)
+        if agent.action_dim <= 2:
+            integral = quadrature(agent, obs)
+            gap = (v - integral).abs().max()
+            print(f"{where}: |V - quadrature| at most {gap:.2g}, V from {v.min():.4g} to {v.max():.4g}")
+        for name in (UNIFORM, GAUSSIAN, OWN):
+            for m in M:
+                n = args.repeats * M[-1] // m
+                error = torch.cat([estimates(name, agent, actor, s[None], m, n) - v[i] for i, s in enumerate(obs)], 1)
+                facts = dict(env_id=trained.env_id, states=where, estimator=name, M=m, alpha=agent.alpha)
+                bias, spread = error.mean(0), error.std(0)  # (B,)
+                facts |= dict(bias=bias.mean().item(), spread=spread.mean().item())
+                facts["rmse"] = error.square().mean().sqrt().item()
+                facts["quadrature_bias"] = (bias + v - integral).mean().item() if agent.action_dim <= 2 else None
+                rows.append({k: float(f"{x:.5g}") if isinstance(x, float) else x for k, x in facts.items()})
+            first, last = rows[-len(M)], rows[-1]
+            ends = ", ".join(f"M = {r['M']}: bias {r['bias']:.3g}, spread {r['spread']:.3g}" for r in (first, last))
+            print(f"{where}, {name}: {ends}", flush=True)
+    args.csv.parent.mkdir(parents=True, exist_ok=True)
+    with open(args.csv, "w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    if args.png is not None:
+        draw(rows, trained.env_id, args.png)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
