@@ -104,7 +104,7 @@ def report(rows: list[dict], seeds: tuple[int, ...]) -> None:
     for library in LIBRARIES:
         curves = [[float(r["return"]) for r in rows if (r["library"], int(r["seed"])) == (library, s)] for s in seeds]
         scores[library] = np.array([np.mean(c[-5:]) for c in curves])
-        sps = np.median([float(r["SPS"]) for r in rows if r["library"] == library])
+        sps = np.nanmedian([float(r["SPS"]) for r in rows if r["library"] == library])
         each = " / ".join(f"{score:.1f}" for score in scores[library])
         mean, std = scores[library].mean(), scores[library].std(ddof=1)
         print(f"{library}: {mean:.1f} +- {std:.1f} over {len(seeds)} seeds ({each}), {sps:.0f} SPS")

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import meow_continuous_action as meow
+from numerics import action_grid, over_grid, random_batch
 
 COUPLINGS = ("additive", "affine")
 
@@ -28,20 +29,6 @@ def flow(agent: meow.MEow, obs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     for coupling in agent.couplings:
         z = coupling(z, obs)
     return torch.tanh(z)
-
-
-def action_grid(action_dim: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Points (n^D, D) of the box and their weights for int da: a = tanh z with z evenly spaced, da = (1 - a^2) dz."""
-    z = torch.linspace(-6.0, 6.0, n, dtype=torch.float64)
-    a, w = torch.tanh(z), (1 - torch.tanh(z) ** 2) * (z[1] - z[0])
-    points = torch.cartesian_prod(*[a] * action_dim).reshape(-1, action_dim)
-    weights = torch.cartesian_prod(*[w] * action_dim).reshape(-1, action_dim).prod(-1)
-    return points, weights
-
-
-def over_grid(function, obs: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """function(obs, action) for one obs (O,) at all points, in pieces that fit into memory."""
-    return torch.cat([function(obs.expand(len(part), -1), part) for part in points.split(20_000)])
 
 
 @pytest.mark.parametrize("coupling", COUPLINGS)
@@ -171,12 +158,6 @@ def test_value_needs_neither_couplings_nor_actions():
     assert torch.equal(agent.v(obs), before) and torch.equal(target(obs), before)
 
 
-def random_batch(n: int, obs_dim: int, action_dim: int) -> meow.Batch:
-    obs, next_obs = torch.randn(2, n, obs_dim, dtype=torch.float64)
-    actions = torch.rand(n, action_dim, dtype=torch.float64) * 2 - 1
-    return meow.Batch(obs, actions, torch.randn(n).double(), next_obs, (torch.rand(n) < 0.3).double())
-
-
 @pytest.mark.parametrize("clipped", [True, False])
 def test_update_against_plain_pytorch(clipped):
     """Five updates equal a textbook loop: whole target agent, torch's Adam and clipping per parameter, Polyak."""
@@ -186,7 +167,7 @@ def test_update_against_plain_pytorch(clipped):
     optimizer = torch.optim.Adam(reference.parameters(), lr=args.learning_rate)
     update, learner = meow.make_update(agent, args)
     for n in range(5):
-        batch = random_batch(32, 6, 2)
+        batch = meow.Batch(*random_batch(32, 6, 2))
         stats = update(batch, n)
         with torch.no_grad():
             v = reference_target.v(batch.next_obs)

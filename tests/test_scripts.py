@@ -19,14 +19,17 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import meow_continuous_action as meow
+import sac_continuous_action as sac
+import sql_continuous_action as sql
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["meow_continuous_action.py"]
+SCRIPTS = sorted(path.name for path in ROOT.glob("*_continuous_action.py"))
+MODULES = {module.__name__ + ".py": module for module in (meow, sac, sql)}
 GOAL = "multigoal:MultiGoal-v0"
 SHORT = dict(learning_starts=100, batch_size=32, buffer_size=10_000, eval_episodes=2, device="cpu")
 
 
-def run(*flags, cwd, script=SCRIPTS[0], **env) -> subprocess.CompletedProcess:
+def run(*flags, cwd, script="meow_continuous_action.py", **env) -> subprocess.CompletedProcess:
     """The script in a process of its own, with the tests' tasks and the goal maps importable."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     command = [sys.executable, str(ROOT / script), *map(str, flags)]
@@ -43,12 +46,22 @@ def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+@pytest.fixture(params=SCRIPTS)
+def module(request):
+    """Each script in turn."""
+    return MODULES[request.param]
+
+
 @pytest.fixture
-def trained(tmp_path, monkeypatch):
-    """A short run on the goal map: its folder."""
+def trained(module, tmp_path, monkeypatch):
+    """A short run of each script on the goal map: its folder."""
     monkeypatch.chdir(tmp_path)
-    args = meow.parse_args(["--env-id", GOAL, *short_flags(total_timesteps=600, eval_frequency=200)])
-    return tmp_path / meow.train(args)
+    args = module.parse_args(["--env-id", GOAL, *short_flags(total_timesteps=600, eval_frequency=200)])
+    return tmp_path / module.train(args)
+
+
+def test_every_script_is_tested():
+    assert list(MODULES) == SCRIPTS
 
 
 # Buffer and loop
@@ -124,13 +137,13 @@ def test_actions_reach_the_task_in_its_own_bounds():
     np.testing.assert_allclose(env.unwrapped.actions, expected, atol=1e-6)
 
 
-def test_same_seed_same_numbers_and_evaluation_leaves_training_alone(tmp_path, monkeypatch):
+def test_same_seed_same_numbers_and_evaluation_leaves_training_alone(module, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     agents, curves = [], []
     for name, seed, eval_frequency in (("a", 1, 200), ("b", 1, 200), ("c", 1, 600), ("d", 2, 200)):
         flags = dict(seed=seed, eval_frequency=eval_frequency, exp_name=name, total_timesteps=600)
         flags = ["--env-id", GOAL, "--no-deterministic-eval", *short_flags(**flags)]
-        folder = meow.train(meow.parse_args(flags))
+        folder = module.train(module.parse_args(flags))
         agents.append(torch.load(folder / "checkpoint.pt", weights_only=True)["agent"])
         curves.append(scalars(folder)["eval/episodic_return"])
 
@@ -158,14 +171,15 @@ def test_evaluation_repeats_its_episodes():
     assert total == pytest.approx(first[1], rel=1e-4)
 
 
-def test_loss_that_is_not_finite_stops_the_run(tmp_path):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_loss_that_is_not_finite_stops_the_run(tmp_path, script):
     flags = short_flags(env_id="tasks:NaN-v0", total_timesteps=1000, batch_size=2048)
-    done = run(*flags, cwd=tmp_path)
+    done = run(*flags, cwd=tmp_path, script=script)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     message = re.search(r"error: the loss is not finite: at step (\d+), qf_loss=nan.* is in (\S+)", done.stderr)
     assert 150 <= int(message[1]) <= 151  # the first update that can draw the 150th reward draws all there is
     assert (
-        meow.load_checkpoint(tmp_path / message[2])["global_step"] <= 152
+        MODULES[script].load_checkpoint(tmp_path / message[2])["global_step"] <= 152
     )  # no step with an action that is not finite
 
 
@@ -193,6 +207,29 @@ def test_presets_are_the_papers_and_flags_win(task, suffix):
     assert (args.alpha, args.reward_shift, args.tau) == (0.7, False, PAPER[task][1])
 
 
+CLEANRL = dict(policy_lr=3e-4, q_lr=1e-3, tau=0.005, policy_frequency=2, autotune=True, batch_size=256, gamma=0.99)
+HAARNOJA = dict(learning_rate=3e-4, tau=0.005, value_samples=16, particles=16, batch_size=256, gamma=0.99)
+SCALE = {"Hopper": 30, "HalfCheetah": 30, "Walker2d": 10, "Ant": 300, "Humanoid": 100}  # of SQL's rewards
+
+
+@pytest.mark.parametrize("task", PAPER)
+@pytest.mark.parametrize("suffix", ["v4", "v5"])
+def test_presets_of_sac_and_sql(task, suffix):
+    env_id = ["--env-id", f"{task}-{suffix}"]
+    for script, expected in ((sac, CLEANRL), (sql, HAARNOJA | dict(alpha=1 / SCALE[task]))):
+        args = script.parse_args(env_id)
+        assert {name: getattr(args, name) for name in expected} == expected
+        assert (args.learning_starts, args.total_timesteps, args.utd) == (5_000, PAPER[task][-1], 1)
+        assert script.parse_args([*env_id, "--tau", "0.7"]).tau == 0.7
+
+
+@pytest.mark.parametrize("map_id, alpha, gamma", [(GOAL, 2.5, 0.9), ("multigoal:MultiGoalAsymmetric-v0", 10.0, 0.8)])
+def test_presets_of_the_goal_maps_share_the_objective(module, map_id, alpha, gamma):
+    args = module.parse_args(["--env-id", map_id])
+    assert (args.alpha, args.gamma, args.total_timesteps) == (alpha, gamma, 16_000)
+    assert not getattr(args, "autotune", False)
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -201,8 +238,6 @@ def test_presets_are_the_papers_and_flags_win(task, suffix):
         (dict(alpha=0.0), "--alpha 0.0: expected above 0"),
         (dict(alpha=float("nan")), "--alpha nan: expected above 0"),
         (dict(num_envs=0), "--num-envs 0: expected above 0"),
-        (dict(dropout=1.0), r"--dropout 1.0: expected in \[0, 1\)"),
-        (dict(sigma_min=1.0), "--sigma-min 1.0: expected .* sigma_min < sigma_max"),
         (dict(buffer_size=100), "--buffer-size 100: expected at least --batch-size"),
         (dict(learning_starts=1, num_envs=2), "--learning-starts 1: expected at least --num-envs"),
         (dict(seed=-1), "--seed -1: expected"),
@@ -214,17 +249,34 @@ def test_presets_are_the_papers_and_flags_win(task, suffix):
         (dict(env_id="tasks:Unbounded-v0"), "actions are Box.*expected finite bounds"),
     ],
 )
-def test_bad_input_is_refused_before_a_run_begins(tmp_path, monkeypatch, flags, message):
+def test_bad_input_is_refused_before_a_run_begins(module, tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(meow.UserError, match=message):
-        meow.train(meow.Args(**flags))
+    with pytest.raises(module.UserError, match=message):
+        module.train(module.Args(**flags))
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    "script, flags, message",
+    [
+        (meow, dict(dropout=1.0), r"--dropout 1.0: expected in \[0, 1\)"),
+        (meow, dict(sigma_min=1.0), "--sigma-min 1.0: expected .* sigma_min < sigma_max"),
+        (meow, dict(max_grad_norm=-1.0), "--max-grad-norm -1.0: expected above 0"),
+        (sac, dict(policy_frequency=0), "--policy-frequency 0: expected above 0"),
+        (sac, dict(policy_lr=float("inf")), "--policy-lr inf: expected above 0"),
+        (sql, dict(particles=0), "--particles 0: expected above 0"),
+        (sql, dict(value_samples=-1), "--value-samples -1: expected above 0"),
+    ],
+)
+def test_bad_values_of_own_flags(script, flags, message):
+    with pytest.raises(script.UserError, match=message):
+        script.check_args(script.Args(**flags))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-def test_missing_gpu():
-    with pytest.raises(meow.UserError, match="--device cuda: expected cpu: torch sees no CUDA device"):
-        meow.check_args(meow.Args(device="cuda"))
+def test_missing_gpu(module):
+    with pytest.raises(module.UserError, match="--device cuda: expected cpu: torch sees no CUDA device"):
+        module.check_args(module.Args(device="cuda"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -271,18 +323,25 @@ def test_dm_control_with_shimmy(tmp_path, monkeypatch):
 # Logs and files
 
 
-def test_logs(trained):
+LOSSES = {"qf_loss", "qf1_loss", "qf2_loss", "q1", "q2", "target", "grad_norm"}
+OWN_METRICS = {
+    meow: {"policy/entropy", "policy/log_sigma"},
+    sac: {"policy/entropy", "policy/log_sigma", "policy/alpha", "losses/actor_loss", "losses/alpha_loss"},
+    sql: {"policy/action_std", "losses/stein_norm"},
+}
+
+
+def test_logs(module, trained):
     """Every metric is there, at the right steps, and documented in the README; so is every flag."""
     logged = scalars(trained)
-    losses = {"losses/" + name for name in ("qf_loss", "qf1_loss", "qf2_loss", "q1", "q2", "target", "grad_norm")}
     charts = {"charts/episodic_return", "charts/episodic_length", "charts/SPS"}
-    others = {"eval/episodic_return", "eval/episodic_length", "policy/entropy", "policy/log_sigma"}
-    assert set(logged) == losses | charts | others
+    others = {"eval/episodic_return", "eval/episodic_length"}
+    assert set(logged) == {"losses/" + name for name in LOSSES} | charts | others | OWN_METRICS[module]
     assert [step for step, _ in logged["eval/episodic_return"]] == [200, 400, 600]
     assert [step for step, _ in logged["losses/qf_loss"]] == [104, 200, 304, 400, 504, 600]
     readme = (ROOT / "README.md").read_text()
     assert not [tag for tag in logged if f"`{tag}`" not in readme]
-    assert not [f for f in meow.Args.__dataclass_fields__ if f"`--{f.replace('_', '-')}" not in readme]
+    assert not [f for f in module.Args.__dataclass_fields__ if f"`--{f.replace('_', '-')}" not in readme]
     written = json.loads((trained / "args.json").read_text())
     assert written["args"]["alpha"] == 2.5 and written["args"]["total_timesteps"] == 600
     assert written["versions"]["torch"] == torch.__version__
@@ -290,35 +349,49 @@ def test_logs(trained):
 
 def test_readme_names_the_lines_of_the_equations():
     """Rows `| (k) | equation | Class.method, line N |` of the README point at that definition."""
-    lines = (ROOT / SCRIPTS[0]).read_text().splitlines()
+    lines = (ROOT / "meow_continuous_action.py").read_text().splitlines()
     rows = re.findall(r"^\| \((\d)\) .*\| `([\w.]+)`, line (\d+) \|$", (ROOT / "README.md").read_text(), re.M)
     assert [row[0] for row in rows] == list("123456")
     for _, name, line in rows:
         assert f"def {name.split('.')[-1]}(" in lines[int(line) - 1]
 
 
-def test_evaluate_replays_a_checkpoint(trained):
+def test_evaluate_replays_a_checkpoint(module, trained):
     """Returns printed by --evaluate are the ones logged; flags change what is replayed."""
     expected = scalars(trained)["eval/episodic_return"][-1][1]
-    cwd = trained.parent.parent
-    done = run("--evaluate", trained / "checkpoint.pt", cwd=cwd)
+    cwd, script = trained.parent.parent, module.__name__ + ".py"
+    done = run("--evaluate", trained / "checkpoint.pt", cwd=cwd, script=script)
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"episode \d: return", done.stdout)) == 2
     assert float(re.search(r"2 episodes: return (\S+)", done.stdout)[1]) == pytest.approx(expected, abs=0.01)
-    sampled = run("--evaluate", trained / "checkpoint.pt", "--no-deterministic-eval", "--eval-episodes", 3, cwd=cwd)
+    sampled = run(
+        "--evaluate", trained / "checkpoint.pt", "--no-deterministic-eval", "--eval-episodes", 3, cwd=cwd, script=script
+    )
     assert "3 episodes" in sampled.stdout
-    wrong = run("--evaluate", trained / "checkpoint.pt", "--env-id", "Pendulum-v1", cwd=cwd)
+    wrong = run("--evaluate", trained / "checkpoint.pt", "--env-id", "Pendulum-v1", cwd=cwd, script=script)
     assert wrong.returncode == 2 and "(O, D) = (2, 2), Pendulum-v1 has (3, 1)" in wrong.stderr
-    affine = run("--evaluate", trained / "checkpoint.pt", "--coupling", "affine", cwd=cwd)
+
+
+def test_flags_that_do_not_fit_the_checkpoint(tmp_path):
+    flags = short_flags(env_id="Pendulum-v1", total_timesteps=120)
+    assert run(*flags, cwd=tmp_path).returncode == 0
+    (checkpoint,) = tmp_path.glob("runs/*/checkpoint.pt")
+    affine = run("--evaluate", checkpoint, "--coupling", "affine", cwd=tmp_path)
     assert affine.returncode == 2 and "does not fit" in affine.stderr and "Traceback" not in affine.stderr
 
 
-@pytest.mark.parametrize("flag", ["--no-reward-shift", "--no-clipped-double-q", "--coupling=affine", "--dropout=0.5"])
-def test_ablations_train_and_replay(tmp_path, flag):
-    done = run(flag, *short_flags(env_id="Pendulum-v1", total_timesteps=150), cwd=tmp_path)
+ABLATIONS = [("meow", "--no-reward-shift"), ("meow", "--no-clipped-double-q"), ("meow", "--coupling=affine")]
+ABLATIONS += [("meow", "--dropout=0.5"), ("sac", "--reward-shift"), ("sac", "--no-autotune"), ("sac", "--utd=0.5")]
+ABLATIONS += [("sql", "--particles=4"), ("sql", "--value-samples=50")]
+
+
+@pytest.mark.parametrize("algorithm, flag", ABLATIONS)
+def test_ablations_train_and_replay(tmp_path, algorithm, flag):
+    script = f"{algorithm}_continuous_action.py"
+    done = run(flag, *short_flags(env_id="Pendulum-v1", total_timesteps=150), cwd=tmp_path, script=script)
     assert done.returncode == 0, done.stderr
     (checkpoint,) = tmp_path.glob("runs/*/checkpoint.pt")
-    assert run("--evaluate", checkpoint, cwd=tmp_path).returncode == 0
+    assert run("--evaluate", checkpoint, cwd=tmp_path, script=script).returncode == 0
 
 
 def test_crafted_checkpoint_executes_nothing(tmp_path):

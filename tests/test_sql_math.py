@@ -1,0 +1,194 @@
+"""Soft Q-learning's estimator, Stein direction, sampler and update against computations that share no code."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+import sql_continuous_action as sql
+from numerics import action_grid, random_batch
+
+
+class KnownQ(torch.nn.Module):
+    """Both heads are a given function of the action (..., D) -> (...), for a sampler that is trained on it alone."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, obs, action):
+        return self.function(action)[..., None].expand(*action.shape[:-1], 2)
+
+
+def train_sampler(function, action_dim: int, steps: int = 3000, batch: int = 8) -> torch.Tensor:
+    """Actions (20000, D) of a sampler trained by the script's own direction and chain rule, alpha = 1."""
+    torch.manual_seed(0)
+    agent = sql.SQL(1, action_dim, sql.Args(alpha=1.0))
+    agent.qf = KnownQ(function)
+    optimizer = torch.optim.Adam(agent.sampler.parameters(), lr=1e-3)
+    obs = torch.zeros(batch, 1)
+    for _ in range(steps):
+        with torch.no_grad():
+            fixed = agent.particles(obs, torch.randn(16, batch, action_dim))
+        updated = agent.particles(obs, torch.randn(16, batch, action_dim))
+        phi = sql.stein_direction(fixed, agent.score(obs, fixed), updated.detach())
+        optimizer.zero_grad()
+        updated.backward(-phi / phi[..., 0].numel())
+        optimizer.step()
+    with torch.no_grad():
+        return agent.sample(torch.zeros(20_000, 1))
+
+
+@pytest.mark.parametrize("action_dim", [1, 2, 3, 6])
+def test_sampler_of_a_flat_q_is_uniform(action_dim):
+    """E [a^2] is 1/3; without the tanh's log-determinant before the squash it would be 0.20 or 0.57 and more."""
+    actions = train_sampler(lambda action: 0 * action.sum(-1), action_dim)
+    second = actions.square().mean(0)
+    assert 0.31 < second.mean() < 0.36, second
+    assert actions.mean(0).abs().max() < 0.1
+
+
+def test_sampler_of_a_bimodal_q_has_both_modes():
+    """Histogram of the samples against exp(Q / alpha) / Z: total variation under 0.15."""
+
+    def bimodal(action):
+        return torch.logaddexp(-40 * (action[..., 0] - 0.5) ** 2, -40 * (action[..., 0] + 0.5) ** 2)
+
+    actions = train_sampler(bimodal, 1)[:, 0].numpy()
+    edges = np.linspace(-1, 1, 41)
+    middles = np.linspace(-1, 1, 4001)
+    density = np.exp(-40 * (middles - 0.5) ** 2) + np.exp(-40 * (middles + 0.5) ** 2)
+    truth = np.histogram(middles, edges, weights=density)[0]
+    drawn = np.histogram(actions, edges)[0] / len(actions)
+    assert 0.5 * np.abs(drawn - truth / truth.sum()).sum() < 0.15
+    assert 0.4 < (actions > 0).mean() < 0.6
+
+
+def test_stein_direction_against_loops():
+    """Equation (6) state by state and pair by pair, with autograd's gradient of the kernel."""
+    torch.manual_seed(0)
+    fixed, score, updated = torch.randn(5, 3, 2), torch.randn(5, 3, 2), torch.randn(7, 3, 2)
+    phi = sql.stein_direction(fixed, score, updated)
+    for b in range(3):
+        pairs = sorted(float((x - y).square().sum()) for x in fixed[:, b] for y in updated[:, b])
+        h = max(pairs[(len(pairs) - 1) // 2] / np.log(6), 1e-3)
+        for j in range(7):
+            expected = torch.zeros(2)
+            for i in range(5):
+                x = fixed[i, b].clone().requires_grad_()
+                k = torch.exp(-(x - updated[j, b]).square().sum() / h)
+                (gradient,) = torch.autograd.grad(k, x)
+                expected += (k.detach() * score[i, b] + gradient) / 5
+            torch.testing.assert_close(phi[j, b], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_equal_particles_have_a_finite_direction():
+    zero = torch.zeros(4, 2, 3)
+    assert torch.equal(sql.stein_direction(zero, zero + 1, zero), zero + 1)
+
+
+def test_score_against_finite_differences():
+    torch.manual_seed(0)
+    agent = sql.SQL(4, 2, sql.Args(alpha=0.5)).double()
+    obs, u = torch.randn(3, 4, dtype=torch.float64), torch.randn(5, 3, 2, dtype=torch.float64)
+
+    def log_p(u):
+        q = agent.q(obs.expand(5, -1, -1), u.tanh())
+        return torch.minimum(q[..., 0], q[..., 1]) / 0.5 + (1 - u.tanh() ** 2).log().sum(-1)
+
+    score = agent.score(obs, u)
+    for d in range(2):
+        step = torch.zeros(2, dtype=torch.float64)
+        step[d] = 1e-6
+        torch.testing.assert_close(score[..., d], (log_p(u + step) - log_p(u - step)) / 2e-6, rtol=1e-4, atol=1e-6)
+    assert agent.score(obs, torch.full_like(u, 50.0)).isfinite().all()
+
+
+@pytest.mark.parametrize("action_dim, n", [(1, 4001), (2, 401)])
+@torch.no_grad()
+def test_estimator_converges_to_quadrature_from_below(action_dim, n):
+    """Its mean is under V by Jensen's inequality, less so as M grows, and its limit is the integral."""
+    torch.manual_seed(0)
+    alpha = 0.2
+
+    def q(action):
+        return torch.sin(3 * action).sum(-1) + action.prod(-1)
+
+    points, weights = action_grid(action_dim, n)
+    soft_value = alpha * torch.logsumexp(q(points) / alpha + weights.log(), 0)
+    bias, spread = [], []
+    for m in (1, 4, 16, 64, 256, 1024):
+        actions = torch.rand(m, 4000, action_dim, dtype=torch.float64) * 2 - 1
+        estimate = sql.importance_sampled_value(q(actions), alpha, action_dim)  # (4000,)
+        bias.append((estimate.mean() - soft_value).item())
+        spread.append(estimate.std().item())
+    assert all(b < 0 for b in bias) and bias == sorted(bias) and spread == sorted(spread, reverse=True)
+    assert bias[0] < -0.1 and abs(bias[-1]) < 0.003 and spread[-1] < 0.03
+    agent = sql.SQL(3, action_dim, sql.Args(alpha=alpha)).double()
+    agent.qf = KnownQ(q)
+    estimate = agent.v(torch.randn(50, 3, dtype=torch.float64), samples=4096)
+    torch.testing.assert_close(estimate.mean().double(), soft_value, rtol=0, atol=0.005)
+    assert estimate.shape == (50, 2)
+
+
+def test_deterministic_action_is_the_best_of_the_samplers():
+    torch.manual_seed(0)
+    agent = sql.SQL(4, 2, sql.Args())
+    obs = torch.randn(6, 4)
+    action = agent.sample(obs, deterministic=True)
+    torch.manual_seed(5)
+    assert torch.equal(action, agent.sample(obs, deterministic=True))
+    for s, a in zip(obs, action, strict=True):
+        candidates = torch.stack([agent.sampler(torch.cat([s, xi])).tanh() for xi in agent.fixed_xi])
+        q = agent.q(s.expand(16, -1), candidates).min(-1).values
+        torch.testing.assert_close(a, candidates[q.argmax()])
+    draws = agent.sample(obs[:1].expand(100, -1))
+    assert draws.shape == (100, 2) and draws.std(0).min() > 1e-3
+
+
+def test_update_against_plain_pytorch():
+    """Five updates equal a textbook loop, on copies of the nets and with the same noise."""
+    args = sql.Args(alpha=0.3, gamma=0.9, tau=0.1, value_samples=5, particles=4)
+    torch.manual_seed(0)
+    agent = sql.SQL(6, 2, args).double()
+    reference, target = copy.deepcopy(agent), copy.deepcopy(agent.qf)
+    q_optimizer = torch.optim.Adam(reference.qf.parameters(), lr=args.learning_rate)
+    sampler_optimizer = torch.optim.Adam(reference.sampler.parameters(), lr=args.learning_rate)
+    update, learner = sql.make_update(agent, args)
+    torch.set_default_dtype(torch.float64)
+    try:
+        for n in range(5):
+            batch = sql.Batch(*random_batch(32, 6, 2))
+            torch.manual_seed(n)
+            stats = update(batch, n)
+            torch.manual_seed(n)
+            with torch.no_grad():
+                actions = torch.rand(5, 32, 2) * 2 - 1
+                q = torch.stack([target(batch.next_obs, a).min(-1).values for a in actions])  # (5, B)
+                next_v = 0.3 * ((q / 0.3).exp().mean(0).log() + 2 * np.log(2))
+                y = torch.where(batch.terminations == 1, batch.rewards, batch.rewards + 0.9 * next_v)
+            q = reference.q(batch.obs, batch.actions)
+            loss = torch.nn.functional.mse_loss(torch.cat([q[:, 0], q[:, 1]]), torch.cat([y, y]))
+            q_optimizer.zero_grad()
+            loss.backward()
+            norm = torch.cat([p.grad.flatten() for p in reference.qf.parameters()]).norm()
+            q_optimizer.step()
+            u = torch.stack([reference.sampler(torch.cat([batch.obs, xi], -1)) for xi in torch.randn(8, 32, 2)])
+            fixed, updated = u[:4].detach(), u[4:]
+            phi = sql.stein_direction(fixed, reference.score(batch.obs, fixed), updated.detach())
+            sampler_optimizer.zero_grad()
+            (-(phi * updated).sum(-1).mean()).backward()
+            sampler_optimizer.step()
+            with torch.no_grad():
+                for p, p_target in zip(reference.qf.parameters(), target.parameters(), strict=True):
+                    p_target += 0.1 * (p - p_target)
+            heads = [(q[:, i] - y).square().mean() for i in (0, 1)]
+            expected = [loss, *heads, *q.mean(0), y.mean(), norm, phi.norm(dim=-1).mean()]
+            torch.testing.assert_close(stats, torch.stack(expected).detach())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for p, p_reference in zip(agent.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p, p_reference, rtol=1e-8, atol=1e-11)
+    for p, p_reference in zip(learner["target"].parameters(), target.parameters(), strict=True):
+        torch.testing.assert_close(p, p_reference, rtol=1e-8, atol=1e-11)
