@@ -232,7 +232,7 @@ class ReplayBuffer:
 
 def mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
     """in -> hidden -> hidden -> out with ReLU."""
-    layers = (nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, hidden_dim), nn.ReLU())
+    layers = (nn.Linear(in_dim, hidden_dim), nn.ReLU(True), nn.Linear(hidden_dim, hidden_dim), nn.ReLU(True))
     return nn.Sequential(*layers, nn.Linear(hidden_dim, out_dim))
 
 

@@ -40,17 +40,14 @@ class Args:
     """picture to write"""
     states: int = 64
     """visited states"""
-    repeats: int = 100
-    """estimates with M = 1024 at a state; there are 1024 / M times as many with M samples"""
-    actor_steps: int = 2000
+    repeats: int = 16
+    """estimates with M = 1024 at each visited state; there are 1024 / M times as many with M samples"""
+    initial_repeats: int = 400
+    """the same at the initial state"""
+    actor_steps: int = 1000
     """gradient steps of SAC's actor on the checkpoint's Q"""
     seed: int = 0
     """seed of the samples"""
-
-
-def smaller_q(agent: meow.MEow, obs: torch.Tensor, actions: torch.Tensor) -> torch.Tensor:
-    """min_i Q_i(s,a), (M, B), for obs (B, O) and actions (M, B, D)."""
-    return agent.q(obs.expand(len(actions), *obs.shape), actions).amin(-1)
 
 
 def visited_states(agent: meow.MEow, env_id: str, n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,7 +72,7 @@ def train_actor(agent: meow.MEow, obs: torch.Tensor, steps: int) -> sac.SAC:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         actions, log_prob = actor.sample_with_log_prob(obs.expand(16, *obs.shape))
-        loss = (agent.alpha * log_prob - smaller_q(agent, obs, actions)).mean()
+        loss = (agent.alpha * log_prob - agent.q(obs.expand(16, *obs.shape), actions).amin(-1)).mean()
         optimizer.zero_grad()
         loss.backward(inputs=list(actor.actor.parameters()))
         optimizer.step()
@@ -84,20 +81,28 @@ def train_actor(agent: meow.MEow, obs: torch.Tensor, steps: int) -> sac.SAC:
 
 
 @torch.no_grad()
-def estimates(name: str, agent: meow.MEow, actor: sac.SAC, obs: torch.Tensor, m: int, n: int) -> torch.Tensor:
-    """n independent estimates (n, B) of V(s) from m samples each."""
-    shape = (m, n * len(obs), agent.action_dim)
-    repeated = obs.repeat(n, 1)  # (n B, O)
+def draw_samples(name: str, agent: meow.MEow, actor: sac.SAC, obs: torch.Tensor, n: int):
+    """min_i Q_i and log pi (zeros if uniform), (n,) each, of n actions at one state (1, O)."""
+    pieces = []
+    for start in range(0, n, 8192):
+        repeated = obs.expand(min(8192, n - start), -1)
+        log_prob = torch.zeros(len(repeated))
+        if name == UNIFORM:
+            actions = torch.rand(len(repeated), agent.action_dim) * 2 - 1
+        elif name == GAUSSIAN:
+            actions, log_prob = actor.sample_with_log_prob(repeated)
+        else:
+            actions = agent.sample(repeated)
+            log_prob = agent.log_prob(repeated, actions)
+        pieces.append((agent.q(repeated, actions).amin(-1), log_prob))
+    return tuple(torch.cat(piece) for piece in zip(*pieces, strict=True))
+
+
+def estimates(name: str, agent: meow.MEow, q: torch.Tensor, log_prob: torch.Tensor, m: int) -> torch.Tensor:
+    """Independent estimates of V(s), (n / m,), from m of the n samples each, by the code of SQL or SAC."""
     if name == UNIFORM:
-        q = smaller_q(agent, repeated, torch.rand(shape) * 2 - 1)
-        return sql.importance_sampled_value(q, agent.alpha, agent.action_dim).view(n, len(obs))
-    many = repeated.expand(m, *repeated.shape)  # (m, n B, O)
-    if name == GAUSSIAN:
-        actions, log_prob = actor.sample_with_log_prob(many)
-    else:
-        actions = agent.sample(many)
-        log_prob = agent.log_prob(many, actions)
-    return sac.monte_carlo_value(smaller_q(agent, repeated, actions), log_prob, agent.alpha).view(n, len(obs))
+        return sql.importance_sampled_value(q.view(m, -1), agent.alpha, agent.action_dim)
+    return sac.monte_carlo_value(q.view(m, -1), log_prob.view(m, -1), agent.alpha)
 
 
 @torch.no_grad()
@@ -110,7 +115,8 @@ def quadrature(agent: meow.MEow, obs: torch.Tensor) -> torch.Tensor:
     agent = agent.double()
     values = []
     for s in obs.double():
-        q = torch.cat([smaller_q(agent, s[None], part[:, None])[:, 0] for part in torch.tanh(points).split(20_000)])
+        parts = torch.tanh(points).split(8192)
+        q = torch.cat([agent.q(s.expand(len(part), -1), part).amin(-1) for part in parts])
         values.append(agent.alpha * torch.logsumexp(q / agent.alpha + log_weights, 0))
     agent.float()
     return torch.stack(values)
@@ -154,10 +160,12 @@ def main(args: Args) -> None:
             integral = quadrature(agent, obs)
             gap = (v - integral).abs().max()
             print(f"{where}: |V - quadrature| at most {gap:.2g}, V from {v.min():.4g} to {v.max():.4g}")
+        n = M[-1] * (args.initial_repeats if where == "initial" else args.repeats)
         for name in (UNIFORM, GAUSSIAN, OWN):
+            pools = [draw_samples(name, agent, actor, state[None], n) for state in obs]
             for m in M:
-                n = args.repeats * M[-1] // m
-                error = torch.cat([estimates(name, agent, actor, s[None], m, n) - v[i] for i, s in enumerate(obs)], 1)
+                errors = [estimates(name, agent, *pool, m) - v[i] for i, pool in enumerate(pools)]
+                error = torch.stack(errors, 1)  # (n / m, B)
                 facts = dict(env_id=trained.env_id, states=where, estimator=name, M=m, alpha=agent.alpha)
                 bias, spread = error.mean(0), error.std(0)  # (B,)
                 facts |= dict(bias=bias.mean().item(), spread=spread.mean().item())
