@@ -108,7 +108,7 @@ def estimates(name: str, agent: meow.MEow, q: torch.Tensor, log_prob: torch.Tens
 @torch.no_grad()
 def quadrature(agent: meow.MEow, obs: torch.Tensor) -> torch.Tensor:
     """alpha log int exp(min_i Q_i / alpha) da, (B,), for D <= 2, by a sum over z with a = tanh z."""
-    z = torch.linspace(-6.0, 6.0, 4001 if agent.action_dim == 1 else 401, dtype=torch.float64)
+    z = torch.linspace(-6.0, 6.0, 4001 if agent.action_dim == 1 else 241, dtype=torch.float64)
     log_weight = sac.log_one_minus_tanh2(z) + (z[1] - z[0]).log()
     points = torch.cartesian_prod(*[z] * agent.action_dim).reshape(-1, agent.action_dim)
     log_weights = torch.cartesian_prod(*[log_weight] * agent.action_dim).reshape(len(points), -1).sum(-1)
