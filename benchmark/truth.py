@@ -34,6 +34,8 @@ class Args:
     """maps"""
     seeds: tuple[int, ...] = (1, 2, 3)
     """a run of each script on each map for each seed"""
+    total_timesteps: int | None = None
+    """steps of every run, instead of the presets'"""
     episodes: int = 400
     """rollouts of a trained policy"""
     jobs: int = 2
@@ -46,6 +48,7 @@ def run(args: Args, algorithm: str, env_id: str, seed: int) -> dict:
     """Train and measure: a row of the CSV."""
     script, name = f"{algorithm}_continuous_action.py", f"truth_{algorithm}_{time.time_ns()}"
     command = [sys.executable, script, "--env-id", env_id, "--seed", str(seed), "--exp-name", name, "--device", "cpu"]
+    command += [] if args.total_timesteps is None else ["--total-timesteps", str(args.total_timesteps)]
     start = time.time()
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -58,10 +61,10 @@ def run(args: Args, algorithm: str, env_id: str, seed: int) -> dict:
     goals = [int((rollouts.goals == g).sum()) for g in range(len(gym.make(env_id).unwrapped.goals))]
     row = dict(env_id=env_id, algorithm=algorithm, alpha=trained.alpha, gamma=trained.gamma, seed=seed)
     row |= dict(steps=trained.total_timesteps, reached=sum(goals), goals=" / ".join(map(str, goals)))
-    row |= {"return": round(rollouts.returns.mean(), 1), "length": round(rollouts.lengths.mean(), 2)}
-    row |= dict(v_origin=round(measured.v_origin, 1), optimum_origin=round(measured.optimum_origin, 1))
+    row |= {"return": round(float(rollouts.returns.mean()), 1), "length": round(float(rollouts.lengths.mean()), 2)}
+    row |= dict(v_origin=round(measured.v_origin, 1), optimum_origin=round(float(measured.optimum_origin), 1))
     row |= dict(rmse=round(measured.rmse, 1), seconds=round(seconds), commit=facts["commit"], machine=facts["machine"])
-    return row | dict(command=f"python {script} --env-id {env_id} --seed {seed}")
+    return row | dict(command=facts["command"])
 
 
 def optimum(env_id: str, alpha: float, gamma: float, episodes: int) -> tuple[str, float, float, float]:
@@ -79,7 +82,8 @@ def table(rows: list[dict], episodes: int) -> str:
     lines.append("|" + "---|" * 10)
     for env_id in dict.fromkeys(row["env_id"] for row in rows):
         name = env_id.partition(":")[2]
-        chosen = sorted((row for row in rows if row["env_id"] == env_id), key=lambda r: (r["algorithm"], r["seed"]))
+        chosen = [row for row in rows if row["env_id"] == env_id]
+        chosen.sort(key=lambda row: (row["algorithm"], int(row["seed"])))
         for r in chosen:
             lines.append(
                 f"| {name} | {r['algorithm']} | {r['seed']} | {r['reached']} of {episodes} | {r['goals']} | "

@@ -6,8 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import scipy.stats
+
 import meow_continuous_action as meow
-from benchmark import export
+from benchmark import estimation, export, sb3, truth
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ["step", "return", "SPS", "seed", "commit", "machine", "command"]
@@ -40,16 +42,115 @@ def test_speed_command():
     assert re.search(r"update: best [\d.]+ ms, median [\d.]+ ms\nact: best [\d.]+ ms", done.stdout)
 
 
-def test_committed_curves_back_the_readme():
-    """Each committed run has a commit, a command and a row in the README's table with its own numbers."""
-    readme = (ROOT / "README.md").read_text()
-    files = sorted((ROOT / "benchmark" / "results").glob("*.csv"))
+def results(pattern: str) -> dict[str, list[dict]]:
+    """The committed CSVs of that name, each with rows of a clean commit and with a command."""
+    files = {path: list(csv.DictReader(path.open())) for path in (ROOT / "benchmark" / "results").glob(pattern)}
     assert files
-    for path in files:
-        with open(path, newline="") as f:
-            rows = list(csv.DictReader(f))
+    for rows in files.values():
+        if "commit" in rows[0]:
+            assert all(row["commit"] and "dirty" not in row["commit"] and row["command"] for row in rows)
+    return files
+
+
+def test_committed_curves_back_the_readme():
+    """Each committed curve has a row in the README's table with its own numbers."""
+    readme = (ROOT / "README.md").read_text()
+    for path, rows in results("*_meow.csv").items():
         assert list(rows[0]) == COLUMNS
-        assert all(row["commit"] and "dirty" not in row["commit"] and row["command"] for row in rows)
         for seed in {row["seed"] for row in rows}:
             returns = [float(row["return"]) for row in rows if row["seed"] == seed]
             assert f"| {seed} | {max(returns):.0f} | {sum(returns[-5:]) / 5:.0f} | {returns[-1]:.0f} |" in readme, path
+
+
+def test_committed_goal_maps_back_the_readme():
+    """The README's table is the one that the command prints from the committed runs: three seeds each."""
+    ((_, rows),) = results("truth.csv").items()
+    assert len(rows) == 2 * 3 * 3
+    assert truth.table(rows, 400) in (ROOT / "README.md").read_text()
+    four = [row for row in rows if row["env_id"] == "multigoal:MultiGoal-v0"]
+    assert all(row["reached"] == "400" for row in four if row["algorithm"] == "sql")
+
+
+def test_goal_map_command(tmp_path, monkeypatch, capsys):
+    """Trains and measures what is not in the CSV yet, and prints the table; a second call runs nothing."""
+    monkeypatch.chdir(ROOT)
+    args = truth.Args(("sac",), truth.multigoal.MAPS[:1], (1,), 1040, 5, 1, tmp_path / "truth.csv")
+    truth.main(args)
+    table = capsys.readouterr().out
+    assert "| MultiGoal-v0 | sac | 1 |" in table and "| MultiGoal-v0 | optimum | | 5 of 5 |" in table
+    written = (tmp_path / "truth.csv").read_text()
+    truth.main(args)
+    assert (tmp_path / "truth.csv").read_text() == written and "reached" not in capsys.readouterr().out
+
+
+def test_committed_comparison_with_sb3_backs_the_readme(capsys):
+    readme = (ROOT / "README.md").read_text()
+    for _, rows in results("sb3_*.csv").items():
+        sb3.report(rows, (1, 2, 3))
+        printed = capsys.readouterr().out
+        assert all(line in readme for line in printed.splitlines()), printed
+
+
+def test_sb3_report(capsys):
+    """Means of the last five evaluations and Welch's interval, by its formula."""
+    scores = {sb3.LIBRARIES[0]: [10.0, 12.0, 14.0], sb3.LIBRARIES[1]: [9.0, 12.0, 18.0]}
+    curves = [(library, seed, x) for library, xs in scores.items() for seed, x in enumerate(xs, 1)]
+    rows = [
+        {"library": library, "seed": str(seed), "step": k, "return": x if k else -1000.0, "SPS": "nan" if k else "7"}
+        for library, seed, x in curves
+        for k in range(6)
+    ]
+    sb3.report(rows, (1, 2, 3))
+    printed = capsys.readouterr().out
+    assert "this project: 12.0 +- 2.0 over 3 seeds (10.0 / 12.0 / 14.0), 7 SPS" in printed
+    a, b = 2.0**2 / 3, 21.0 / 3  # squared standard errors
+    dof = (a + b) ** 2 / (a**2 / 2 + b**2 / 2)
+    half = scipy.stats.t.ppf(0.975, dof) * (a + b) ** 0.5
+    assert f"difference -1.0, 95% interval {-1 - half:.1f} to {-1 + half:.1f}" in printed
+
+
+def test_estimation_command(tmp_path, monkeypatch):
+    """On an untrained agent: MEow's own policy has no error, SQL's bias is negative and shrinks, SAC's is negative."""
+    monkeypatch.chdir(tmp_path)
+    flags = dict(total_timesteps=200, learning_starts=100, batch_size=32, eval_frequency=1000, eval_episodes=1)
+    run_dir = meow.train(meow.Args(env_id="Pendulum-v1", buffer_size=1000, alpha=0.5, **flags))
+    paths = dict(csv=tmp_path / "new" / "e.csv", png=tmp_path / "e.png")
+    estimation.main(
+        estimation.Args(run_dir / "checkpoint.pt", **paths, states=2, repeats=8, initial_repeats=16, actor_steps=50)
+    )
+    rows = list(csv.DictReader(paths["csv"].open()))
+    assert len(rows) == 2 * 3 * 11 and paths["png"].stat().st_size > 10_000
+    for row in rows:
+        bias, spread, checked = float(row["bias"]), float(row["spread"]), float(row["quadrature_bias"])
+        assert abs(bias - checked) < 1e-3  # the closed form is the integral
+        if row["estimator"] == estimation.OWN:
+            assert abs(bias) < 1e-3 and spread < 1e-3
+        else:
+            assert bias < 3 * spread / (8 * 2048 / int(row["M"])) ** 0.5
+
+
+def test_committed_estimation_backs_the_readme():
+    """Each quoted pair `bias / spread` is in the CSV of its task."""
+    readme = (ROOT / "README.md").read_text()
+    for _, rows in results("estimation_*.csv").items():
+        for states in ("initial", "visited"):
+            for name in (estimation.UNIFORM, estimation.GAUSSIAN, estimation.OWN):
+                chosen = {int(r["M"]): r for r in rows if (r["states"], r["estimator"]) == (states, name)}
+                cells = (f"{float(chosen[m]['bias']):.2f} / {float(chosen[m]['spread']):.2f}" for m in (1, 16, 1024))
+                env_id = rows[0]["env_id"].partition(":")[2] or rows[0]["env_id"]
+                assert f"| {env_id} | {states} | {name} | {' | '.join(cells)} |" in readme
+
+
+def test_readme_says_how_much_the_scripts_differ():
+    readme = (ROOT / "README.md").read_text()
+    for other in ("sac", "sql"):
+        command = [
+            sys.executable,
+            "-m",
+            "benchmark.compare",
+            f"{other}_continuous_action.py",
+            "meow_continuous_action.py",
+        ]
+        printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+        (total,) = (line for line in printed.splitlines() if line.startswith("total"))
+        assert total in readme
