@@ -24,7 +24,8 @@ sees of them is one contract, said above `IsaacGymEnvs`. N: robots, B: batch, O:
     (6)  y = r + gamma (1 - d) min_i V_i'(s'),  L = mean (Q_i(s,a) - y)^2       make_meow_learner
 """
 
-from __future__ import annotations  # Isaac Gym needs Python 3.8: its syntax, and torch no newer than 2.4
+# Isaac Gym needs Python 3.8: all here is in its syntax, and asks for no newer torch than 2.4
+from __future__ import annotations
 
 import contextlib
 import copy
@@ -300,11 +301,12 @@ class Brax:
     """brax's tasks, one compiled function a step; its arrays and torch's tensors are the same memory (dlpack).
 
     Robots that end are reset within the step, from states drawn anew; the observation before that is handed out as
-    the last one. Episodes last 1000 steps, as in brax's own training. A robot whose physics is no longer finite is
+    the last one. A robot whose physics is no longer finite is
     reset and its step is not valid.
     """
 
     tasks = ("ant", "humanoid", "halfcheetah", "hopper", "walker2d")
+    time_limit = 1000  # steps of an episode, as in brax's own training
 
     def __init__(self, args: Args, seed: int, device: torch.device):
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # the buffer needs the GPU's memory, too
@@ -331,7 +333,7 @@ class Brax:
             new = one_by_one(state, action)
             finite = jnp.isfinite(new.obs).all(-1) & jnp.isfinite(new.reward)  # (N,)
             terminated = (new.done > 0) & finite
-            truncated = ~terminated & ((steps + 1 >= 1000) | ~finite)
+            truncated = ~terminated & ((steps + 1 >= self.time_limit) | ~finite)
             done = terminated | truncated  # (N,)
             key, reset_key = jax.random.split(key)
 
