@@ -128,8 +128,8 @@ class Args:
     """automatic temperature: from alpha on, it moves until the entropy is -D (SAC)"""
 
 
-# The paper's settings for its six Isaac tasks (MEow's, then SAC's), which Isaac Lab's versions of Ant and Humanoid
-# share; those of brax's tasks are this project's own (README.md says what was tried).
+# The paper's settings for its six Isaac tasks, MEow's and SAC's; Isaac Lab's tasks take those of the same name. The
+# ones for brax are this project's own, chosen on ant (README.md says what was tried).
 PRESETS = {
     "Ant": dict(alpha=0.075, tau=0.0005, sigma_max=2.0),
     "Humanoid": dict(alpha=0.25, tau=0.00025),
@@ -137,6 +137,7 @@ PRESETS = {
     "Anymal": dict(alpha=0.00075, tau=0.025, sigma_max=-1.0),
     "AllegroHand": dict(alpha=0.1, tau=0.001, sigma_min=-4.0, num_envs=512, batch_size=256),
     "FrankaCabinet": dict(alpha=0.075, tau=0.01, num_envs=512, batch_size=256),
+    "brax": dict(alpha=0.05, tau=0.01, batch_size=256),
 }
 SAC_PRESETS = {
     "Ant": dict(alpha=0.4, tau=0.0025),
@@ -145,6 +146,7 @@ SAC_PRESETS = {
     "Anymal": dict(alpha=0.01, tau=0.0025),
     "AllegroHand": dict(alpha=0.1, tau=0.0025, num_envs=512, batch_size=256),
     "FrankaCabinet": dict(alpha=0.1, tau=0.025, num_envs=512, batch_size=256),
+    "brax": dict(autotune=True, batch_size=256),
 }
 INSTALL = {
     "brax": "pip install -r requirements-brax.txt (Python 3.11 or newer)",
@@ -161,9 +163,7 @@ class UserError(Exception):
 
 def preset(sim: str, env_id: str, algo: str) -> dict:
     """What differs from the defaults of Args. Isaac-Ant-v0 and Isaac-Ant-Direct-v0 take Ant's."""
-    task = re.sub(r"^Isaac-(\w+?)(-Direct)?-v\d+$", r"\1", env_id)
-    if sim == "brax":
-        task = "brax"
+    task = "brax" if sim == "brax" else re.sub(r"^Isaac-(\w+?)(-Direct)?-v\d+$", r"\1", env_id)
     if algo == "sac":
         return {"learning_rate": 3e-4, "reward_shift": False, **SAC_PRESETS.get(task, {})}
     return dict(PRESETS.get(task, {}))
@@ -323,47 +323,50 @@ class Brax:
         self.jax, self.device, self.num_envs = jax, device, args.num_envs
         self.env = envs.get_environment(args.env_id, backend=args.brax_backend)
         self.obs_dim, self.action_dim = self.env.observation_size, self.env.action_size
-        one_by_one = jax.vmap(self.env.step)
+
+        def typed(tree):
+            """The same for every call (jax has weak types), as each difference costs a compilation of its own."""
+            return jax.tree_util.tree_map(lambda x: jax.lax.convert_element_type(x, x.dtype), tree)
 
         def first(key):
-            """States of robots at the start of an episode."""
-            return jax.vmap(self.env.reset)(jax.random.split(key, args.num_envs))
+            """States of robots at the start of an episode, their ages (N,), and the key of the next call."""
+            keys = jax.random.split(key, args.num_envs + 1)
+            return typed(jax.vmap(self.env.reset)(keys[1:])), jnp.zeros(args.num_envs, jnp.int32), keys[0]
 
-        def step(state, steps, key, action):
-            new = one_by_one(state, action)
+        def step(state, ages, key, actions):
+            new = typed(jax.vmap(self.env.step)(state, actions))
             finite = jnp.isfinite(new.obs).all(-1) & jnp.isfinite(new.reward)  # (N,)
             terminated = (new.done > 0) & finite
-            truncated = ~terminated & ((steps + 1 >= self.time_limit) | ~finite)
+            truncated = ~terminated & ((ages + 1 >= self.time_limit) | ~finite)
             done = terminated | truncated  # (N,)
-            key, reset_key = jax.random.split(key)
 
-            def pick(fresh, old):
-                return jnp.where(done.reshape(-1, *[1] * (old.ndim - 1)), fresh, old)
+            def reset_done(new, key):
+                fresh, _, key = first(key)
+                return jax.tree_util.tree_map(
+                    lambda x, y: jnp.where(done.reshape(-1, *[1] * (y.ndim - 1)), x, y), fresh, new
+                ), key
 
-            def reset_done(new):
-                return jax.tree_util.tree_map(pick, first(reset_key), new)
-
-            state = jax.lax.cond(done.any(), reset_done, lambda new: new, new)  # resets cost time: only if needed
+            # drawing new states takes time: only if a robot needs one
+            state, key = jax.lax.cond(done.any(), reset_done, lambda new, key: (new, key), new, key)
             result = (jnp.nan_to_num(new.obs), jnp.nan_to_num(new.reward), terminated, truncated, finite)
-            return state, jnp.where(done, 0, steps + 1), key, result
+            return state, jnp.where(done, 0, ages + 1), key, result
 
-        with jax.default_device(self.jax_device):
-            self.key = jax.random.PRNGKey(seed)
         self.first, self.advance = jax.jit(first), jax.jit(step)
+        self.key = self.make_key(seed)
+
+    def make_key(self, seed: int):
+        with self.jax.default_device(self.jax_device):
+            return self.jax.device_put(self.jax.random.PRNGKey(seed), self.jax_device)
 
     def reset(self, seed: int | None = None) -> None:
-        with self.jax.default_device(self.jax_device):
-            if seed is None:
-                self.key, key = self.jax.random.split(self.key)
-            else:
-                key = self.jax.random.PRNGKey(seed)
-            self.state = self.first(key)
-            self.steps = self.jax.numpy.zeros(self.num_envs, dtype="int32")  # of the episode, (N,)
+        key = self.key if seed is None else self.make_key(seed)
+        self.state, self.ages, key = self.first(key)
+        self.key = key if seed is None else self.key
         self.obs = torch.from_dlpack(self.state.obs)
 
     def step(self, actions: torch.Tensor):
-        action = self.jax.dlpack.from_dlpack(actions.contiguous())
-        self.state, self.steps, self.key, result = self.advance(self.state, self.steps, self.key, action)
+        actions = self.jax.dlpack.from_dlpack(actions.contiguous())
+        self.state, self.ages, self.key, result = self.advance(self.state, self.ages, self.key, actions)
         self.obs = torch.from_dlpack(self.state.obs)
         return tuple(torch.from_dlpack(x) for x in result)
 

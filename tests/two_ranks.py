@@ -40,22 +40,23 @@ def updates(algo: str, rank: int, ranks: int) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in agent.parameters()] + [standardizer.mean, standardizer.std])
 
 
-def train(algo: str) -> torch.Tensor:
+def train() -> torch.Tensor:
     """Parameters and statistics after training on the stand-in for Isaac Gym, each rank with robots of its own."""
     agents, make_agent = [], script.make_agent
     script.make_agent = lambda *dims_and_args: agents.append(make_agent(*dims_and_args)) or agents[0]
     fake_simulators.install()
     flags = "--sim isaacgymenvs --env-id Ant --num-envs 6 --total-steps 70 --learning-starts 20 --batch-size 16"
-    script.train_robots(script.parse_flags([*flags.split(), "--buffer-steps=100", "--device=cpu", f"--algo={algo}"]))
+    script.train_robots(script.parse_flags([*flags.split(), "--buffer-steps=100", "--device=cpu"]))
     return torch.cat([p.detach().flatten() for p in agents[0].parameters()])
 
 
 if __name__ == "__main__":
-    mode, algo, out = sys.argv[1:]
+    mode, out = sys.argv[1], Path(sys.argv[2])
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if mode == "updates":
         dist.init_process_group("gloo")
-        torch.save(updates(algo, rank, ranks), Path(out) / f"{rank}.pt")
+        for algo in ("meow", "sac"):
+            torch.save(updates(algo, rank, ranks), out / f"{algo}{rank}.pt")
         dist.destroy_process_group()
     else:
-        torch.save(train(algo), Path(out) / f"{rank}.pt")
+        torch.save(train(), out / f"{rank}.pt")
