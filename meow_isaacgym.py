@@ -39,6 +39,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Literal, NamedTuple, Optional
@@ -301,8 +302,7 @@ class Brax:
     """brax's tasks, one compiled function a step; its arrays and torch's tensors are the same memory (dlpack).
 
     Robots that end are reset within the step, from states drawn anew; the observation before that is handed out as
-    the last one. A robot whose physics is no longer finite is
-    reset and its step is not valid.
+    the last one. A robot whose physics is no longer finite is reset, and its step is not valid.
     """
 
     tasks = ("ant", "humanoid", "halfcheetah", "hopper", "walker2d")
@@ -342,9 +342,11 @@ class Brax:
 
             def reset_done(new, key):
                 fresh, _, key = first(key)
-                return jax.tree_util.tree_map(
-                    lambda x, y: jnp.where(done.reshape(-1, *[1] * (y.ndim - 1)), x, y), fresh, new
-                ), key
+
+                def pick(x, y):
+                    return jnp.where(done.reshape(-1, *[1] * (y.ndim - 1)), x, y)
+
+                return jax.tree_util.tree_map(pick, fresh, new), key
 
             # drawing new states takes time: only if a robot needs one
             state, key = jax.lax.cond(done.any(), reset_done, lambda new, key: (new, key), new, key)
@@ -1018,8 +1020,9 @@ def train_robots(args: Args) -> Path | None:
     losses = LOSSES if args.algo == "meow" else SAC_LOSSES
 
     robots = args.num_envs * ranks
-    if args.capture_video:  # fails now if it is going to
-        film(agent, standardizer, sim, args.deterministic_eval, Path("runs") / "videos" / f"try-{rank}.mp4", most=2)
+    if args.capture_video and rank == 0:  # fails now if it is going to
+        with tempfile.TemporaryDirectory() as folder:
+            film(agent, standardizer, sim, args.deterministic_eval, Path(folder) / "try.mp4", most=2)
     run_dir, writer = None, None
     if rank == 0:
         facts = f"{robots} robots, {args.total_steps * robots:,} robot-steps, replay {buffer.bytes / 1e9:.2f} GB a rank"
