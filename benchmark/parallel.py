@@ -7,10 +7,16 @@ The loop is the script's: act, step the simulator, store, draw a batch, update. 
 everything is compiled or captured: as it is, which gives the rates, and with a wait for the device after each part,
 which gives the shares of the simulator, the policy (standardisation included), the update (drawing its batch included)
 and the buffer. Settings are the task's preset. Leave the machine's other cores idle while it runs.
+
+    python -m benchmark.parallel --runs runs/ant__* --csv benchmark/results/brax_ant.csv
+
+writes the curves of runs instead: mean return and length of the training episodes that ended since the last log, and
+of the evaluations, with the seconds since the first log.
 """
 
 import csv
 import dataclasses
+import json
 import os
 import platform
 import shlex
@@ -21,6 +27,7 @@ from typing import Literal
 
 import torch
 import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import meow_isaacgym as script
 
@@ -45,6 +52,8 @@ class Args:
     """where everything lives"""
     steps: int = 300
     """steps that are timed"""
+    runs: tuple[Path, ...] = ()
+    """folders of runs whose curves to write instead"""
 
 
 def loop(sim, agent, standardizer, buffer, update, batch_size: int, steps: int, wait) -> dict[str, float]:
@@ -109,15 +118,36 @@ def measure(args: Args, num_envs: int) -> list[dict]:
     return rows
 
 
+def curves(run: Path) -> list[dict]:
+    """Rows of a run's curves."""
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    facts = json.loads((run / "args.json").read_text())
+    about = dict(algo=facts["args"]["algo"], seed=facts["args"]["seed"])
+    about.update({key: facts[key] for key in ("machine", "commit", "command")})
+    begin, rows = events.Scalars("losses/qf_loss")[0].wall_time, []
+    for kind in ("charts", "eval"):
+        lengths = {e.step: e.value for e in events.Scalars(f"{kind}/episodic_length")}
+        for e in events.Scalars(f"{kind}/episodic_return"):
+            row = {"curve": "training" if kind == "charts" else "evaluation", "robot_step": e.step}
+            row.update({"return": round(e.value, 2), "length": round(lengths[e.step], 1)})
+            rows.append({**row, "seconds": round(e.wall_time - begin), **about})
+    return rows
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="") as f:
+        writer = csv.DictWriter(f, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def main(args: Args) -> None:
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for num_envs in args.num_envs:
+    rows = [row for run in args.runs for row in curves(run)]
+    for num_envs in () if args.runs else args.num_envs:
         rows += measure(args, num_envs)
-        with open(args.csv, "w", newline="") as f:  # after each, as a larger one may not fit the memory
-            writer = csv.DictWriter(f, rows[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write(args.csv, rows)  # after each, as a larger one may not fit the memory
+    write(args.csv, rows)
 
 
 if __name__ == "__main__":

@@ -133,8 +133,8 @@ def test_isaac_lab_gets_clamped_actions(stand_ins):
 
 
 @pytest.mark.parametrize("sim, env_id", SIMS)
-def test_evaluation_is_one_episode_of_every_robot(stand_ins, buffers, sim, env_id):
-    """Its returns are those of the script's episodes; training goes on after it without a crossing transition."""
+def test_evaluation_is_one_episode_of_every_robot(stand_ins, buffers, monkeypatch, sim, env_id):
+    """Its returns are those of the script's episodes; training goes on after it, with new ones, and crosses nothing."""
     early, flags = env_id == "AllegroHand", dict(SHORT, eval_frequency=25)
     adapter = script.make_sim(script.Args(sim=sim, env_id=env_id, **flags), 1, CPU)
     agent = script.make_agent(fake.OBS_DIM, fake.ACTION_DIM, script.Args())
@@ -143,7 +143,10 @@ def test_evaluation_is_one_episode_of_every_robot(stand_ins, buffers, sim, env_i
         length = fake.script(robot, 0)[0]
         steps = range(1 + early, length + 1)
         assert lengths[robot] == len(steps) and returns[robot] == sum(fake.reward_of(robot, 0, t) for t in steps)
+    visited, update = [], script.Standardizer.update
+    monkeypatch.setattr(script.Standardizer, "update", lambda s, obs: visited.append(obs.clone()) or update(s, obs))
     folder = script.train_robots(script.Args(sim=sim, env_id=env_id, total_steps=90, **flags))
+    assert all((visited[step][:, 2] == early).all() for step in (0, 25, 50, 75))
     obs, _, _, next_obs, _ = stored(buffers[0])
     assert (obs[:, :2] == next_obs[:, :2]).all() and (next_obs[:, 2] == obs[:, 2] + 1).all()
     assert [step for step, _ in scalars(folder)["eval/episodic_return"]] == [150, 300, 450, 540]
