@@ -52,19 +52,21 @@ class Args:
     """where everything lives"""
     steps: int = 300
     """steps that are timed"""
+    clock: Literal["wall", "cpu"] = "wall"
+    """cpu: count CPU seconds of the process, for a CPU that other jobs use, too"""
     runs: tuple[Path, ...] = ()
     """folders of runs whose curves to write instead"""
 
 
-def loop(sim, agent, standardizer, buffer, update, batch_size: int, steps: int, wait) -> dict[str, float]:
-    """Seconds spent in each part over `steps` steps; wait() returns when the device is done."""
+def loop(sim, agent, standardizer, buffer, update, batch_size: int, steps: int, wait, now) -> dict[str, float]:
+    """Seconds by now() spent in each part over `steps` steps; wait() returns when the device is done."""
     seconds = dict.fromkeys(PARTS, 0.0)
     for _ in range(steps):
-        clock = [time.perf_counter()]
+        clock = [now()]
 
         def lap(clock=clock):
             wait()
-            clock.append(time.perf_counter())
+            clock.append(now())
 
         obs = sim.obs
         standardizer.update(obs)
@@ -89,6 +91,7 @@ def measure(args: Args, num_envs: int) -> list[dict]:
     flags += ["--brax-backend", args.brax_backend]
     settings = [script.parse_flags([*flags, "--algo", algo]) for algo in args.algos]
     device = script.rank_device(settings[0])
+    now = time.perf_counter if args.clock == "wall" else time.process_time
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     sim = script.make_sim(settings[0], 1, device)
     rows = []
@@ -101,19 +104,21 @@ def measure(args: Args, num_envs: int) -> list[dict]:
         buffer = script.DeviceBuffer(2 * args.steps + 100, num_envs, sim.obs_dim, sim.action_dim, device)
         standardizer = script.Standardizer(sim.obs_dim).to(device)
         about = (sim, agent, standardizer, buffer, update, setting.batch_size)
-        loop(*about, 50, wait)
+        loop(*about, 50, wait, now)
         wait()
-        start = time.perf_counter()
-        loop(*about, args.steps, lambda: None)
+        start = now()
+        loop(*about, args.steps, lambda: None, now)
         wait()
-        total = time.perf_counter() - start
-        seconds = loop(*about, args.steps, wait)
+        total = now() - start
+        seconds = loop(*about, args.steps, wait, now)
         row = dict(sim=args.sim, env_id=args.env_id, algo=setting.algo, num_envs=num_envs, batch=setting.batch_size)
         row.update(robot_steps_per_s=round(num_envs * args.steps / total), updates_per_s=round(args.steps / total, 1))
         row.update({f"{part}_share": round(seconds[part] / sum(seconds.values()), 3) for part in PARTS})
         name = torch.cuda.get_device_name() if device.type == "cuda" else "no GPU"
         machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {name}"
-        rows.append({**row, "machine": machine, "commit": script.commit(), "command": shlex.join(sys.argv)})
+        rows.append(
+            {**row, "clock": args.clock, "machine": machine, "commit": script.commit(), "command": shlex.join(sys.argv)}
+        )
         print("  ".join(f"{key}={value}" for key, value in rows[-1].items() if key != "command"), flush=True)
     return rows
 
