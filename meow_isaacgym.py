@@ -177,7 +177,7 @@ def parse_flags(argv: list | None = None) -> Args:
     if first.evaluate is not None:
         saved = load_checkpoint(first.evaluate)["args"]
         values = {**saved, "device": "auto", "track": False, "capture_video": False}
-        if saved["sim"] == "isaacgymenvs" != first.sim:
+        if saved["sim"] == "isaacgymenvs" and first.sim != "isaacgymenvs":
             raise UserError(f"{first.evaluate} needs Isaac Gym; add --sim isaacgymenvs, which must be known early")
     else:
         values = preset(first.sim, first.env_id, first.algo)
@@ -1139,5 +1139,5 @@ if __name__ == "__main__":
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
-    except FloatingPointError as e:
-        sys.exit(f"error: {e}")
+    except FloatingPointError as e:  # the averaged gradient is not finite on any rank; the first one says it
+        sys.exit(f"error: {e}" if os.environ.get("RANK", "0") == "0" else 1)
