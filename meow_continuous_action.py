@@ -400,9 +400,11 @@ def flatten_parameters(module: nn.Module) -> nn.Parameter:
     params = list(module.parameters())
     flat = nn.Parameter(torch.cat([p.detach().flatten() for p in params]))
     flat.grad = torch.zeros_like(flat)
-    sizes = [p.numel() for p in params]
-    for p, values, grad in zip(params, flat.data.split(sizes), flat.grad.split(sizes), strict=True):
-        p.data, p.grad = values.view_as(p), grad.view_as(p)
+    start = 0
+    for p in params:
+        part = slice(start, start + p.numel())
+        p.data, p.grad = flat.data[part].view_as(p), flat.grad[part].view_as(p)
+        start = part.stop
     return flat
 
 
@@ -467,26 +469,20 @@ def evaluate(agent: Agent, envs: gym.vector.VectorEnv, deterministic: bool, devi
     return returns, lengths
 
 
-@torch.random.fork_rng()
-@torch.no_grad()
 def record_video(agent: Agent, args: Args, folder: Path, name: str, device: torch.device) -> None:
     """Write the first evaluation episode to folder/name-episode-0.mp4. Raises UserError without a GL backend."""
     env = make_env(args.env_id, render_mode="rgb_array")
     try:
-        env.reset(seed=EVAL_SEED)
+        env.reset()
         env.render()
     except Exception as e:  # each renderer raises its own: mujoco.FatalError, ImportError, AttributeError, ...
         hint = "apt-get install libegl1 and set MUJOCO_GL=egl, or libosmesa6 and MUJOCO_GL=osmesa"
         raise UserError(f"--capture-video: {args.env_id} cannot draw here ({e}); without a screen, {hint}") from e
-    env = gym.wrappers.RecordVideo(env, str(folder), name_prefix=name, disable_logger=True)
-    obs, _ = env.reset(seed=EVAL_SEED)
-    done = False
-    while not done:
-        obs = torch.as_tensor(obs, dtype=torch.float32, device=device)[None]  # (1, O)
-        actions = agent.sample(obs, args.deterministic_eval)
-        obs, _, terminated, truncated, _ = env.step(actions[0].cpu().numpy())
-        done = terminated or truncated
-    env.close()
+    video = dict(name_prefix=name, disable_logger=True, episode_trigger=lambda episode: episode == 0)
+    env = gym.wrappers.RecordVideo(env, str(folder), **video)
+    envs = gym.vector.SyncVectorEnv([lambda: env], autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    evaluate(agent, envs, args.deterministic_eval, device)
+    envs.close()
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:

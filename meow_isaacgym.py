@@ -487,9 +487,9 @@ class StateNet(nn.Module):
         self.beta1, self.beta2 = nn.Parameter(torch.ones(hidden_dim)), nn.Parameter(torch.ones(hidden_dim))
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        h = swish(torch.addmm(self.bias1, obs, self.weight1), self.beta1)  # (B, hidden)
-        h = swish(torch.addmm(self.bias2, h, self.weight2), self.beta2)  # (B, hidden)
-        return torch.addmm(self.bias3, h, self.weight3)  # (B, out)
+        h = swish(nn.functional.linear(obs, self.weight1.t(), self.bias1), self.beta1)  # (B, hidden)
+        h = swish(nn.functional.linear(h, self.weight2.t(), self.bias2), self.beta2)  # (B, hidden)
+        return nn.functional.linear(h, self.weight3.t(), self.bias3)  # (B, out)
 
 
 class Coupling(nn.Module):
@@ -615,7 +615,7 @@ class MEow(nn.Module):
 
 def mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
     """in -> hidden -> hidden -> out with ReLU."""
-    layers = (nn.Linear(in_dim, hidden_dim), nn.ReLU(), nn.Linear(hidden_dim, hidden_dim), nn.ReLU())
+    layers = (nn.Linear(in_dim, hidden_dim), nn.ReLU(True), nn.Linear(hidden_dim, hidden_dim), nn.ReLU(True))
     return nn.Sequential(*layers, nn.Linear(hidden_dim, out_dim))
 
 
