@@ -154,3 +154,13 @@ def test_readme_says_how_much_the_scripts_differ():
         printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
         (total,) = (line for line in printed.splitlines() if line.startswith("total"))
         assert total in readme
+
+
+def test_committed_rates_back_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    for _, rows in results("brax_rates.csv").items():
+        for r in rows:
+            assert f"| {r['algo']} | {r['num_envs']} | {r['robot_steps_per_s']} | {r['updates_per_s']} |" in readme
+        assert {(r["algo"], r["num_envs"]) for r in rows} == {
+            (a, n) for a in ("meow", "sac") for n in "16 64 256 512".split()
+        }
