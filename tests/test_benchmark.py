@@ -73,7 +73,8 @@ def test_committed_goal_maps_back_the_readme():
 
 def test_goal_map_command(tmp_path, monkeypatch, capsys):
     """Trains and measures what is not in the CSV yet, and prints the table; a second call runs nothing."""
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     args = truth.Args(("sac",), truth.multigoal.MAPS[:1], (1,), 1040, 5, 1, tmp_path / "truth.csv")
     truth.main(args)
     table = capsys.readouterr().out
