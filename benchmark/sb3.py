@@ -57,11 +57,8 @@ def train_ours(args: Args, seed: int) -> list[dict]:
     flags = dict(env_id=args.env_id, seed=seed, total_timesteps=args.total_timesteps, device="cpu", q_lr=3e-4)
     flags |= dict(learning_starts=args.learning_starts, eval_frequency=args.eval_frequency, policy_frequency=1)
     flags |= dict(exp_name=f"sb3_check_{time.time_ns()}", buffer_size=args.total_timesteps)
-    command = [
-        sys.executable,
-        str(ROOT / "sac_continuous_action.py"),
-        *(f"--{k.replace('_', '-')}={v}" for k, v in flags.items()),
-    ]
+    command = [sys.executable, str(ROOT / "sac_continuous_action.py")]
+    command += [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])

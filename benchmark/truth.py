@@ -49,18 +49,8 @@ class Args:
 def run(args: Args, algorithm: str, env_id: str, seed: int) -> dict:
     """Train and measure: a row of the CSV."""
     script, name = f"{algorithm}_continuous_action.py", f"truth_{algorithm}_{time.time_ns()}"
-    command = [
-        sys.executable,
-        str(ROOT / script),
-        "--env-id",
-        env_id,
-        "--seed",
-        str(seed),
-        "--exp-name",
-        name,
-        "--device",
-        "cpu",
-    ]
+    command = [sys.executable, str(ROOT / script), "--env-id", env_id, "--seed", str(seed)]
+    command += ["--exp-name", name, "--device", "cpu"]
     command += [] if args.total_timesteps is None else ["--total-timesteps", str(args.total_timesteps)]
     start = time.time()
     done = subprocess.run(command, capture_output=True, text=True)
