@@ -489,6 +489,8 @@ class StateNet(nn.Module):
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         h = swish(nn.functional.linear(obs, self.weight1.t(), self.bias1), self.beta1)  # (B, hidden)
         h = swish(nn.functional.linear(h, self.weight2.t(), self.bias2), self.beta2)  # (B, hidden)
+        if self.bias3.shape[0] == 1:  # as a sum: the gradient of a product with one column is slow on a CPU
+            return (h * self.weight3.t()).sum(-1, keepdim=True) + self.bias3  # (B, 1)
         return nn.functional.linear(h, self.weight3.t(), self.bias3)  # (B, out)
 
 
@@ -569,14 +571,21 @@ class MEow(nn.Module):
         self.couplings = nn.ModuleList([Coupling(obs_dim, action_dim, b, args.coupling == "affine") for b in masks])
         self.value = SoftValue(obs_dim, action_dim, args)
 
-    def sample(self, obs: torch.Tensor, deterministic: bool = False) -> torch.Tensor:
-        """Actions (B, D), equation (5): the flow of a draw from the prior, or of its mode if deterministic."""
-        sigma = self.value.log_sigma(obs).exp()  # (B, D)
-        u = torch.zeros_like(sigma) if deterministic else torch.randn_like(sigma)  # (B, D)
-        z = sigma * u
+    def act_noise(self, n: int, rng: torch.Generator) -> torch.Tensor:
+        """What `act` takes for n observations: draws (n, D) from N(0, I)."""
+        return torch.randn(n, self.action_dim, generator=rng, device=rng.device)
+
+    def act(self, obs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Actions (B, D), equation (5): the flow of the point `noise` (B, D) of the prior."""
+        z = self.value.log_sigma(obs).exp() * noise  # (B, D)
         for coupling in self.couplings:
             z = coupling(z, obs)
         return torch.tanh(z)
+
+    def sample(self, obs: torch.Tensor, deterministic: bool = False) -> torch.Tensor:
+        """Actions (B, D) of draws from the prior or, if deterministic, of its mode."""
+        noise = obs.new_zeros(len(obs), self.action_dim)
+        return self.act(obs, noise if deterministic else noise.normal_())
 
     def energy(self, obs: torch.Tensor, action: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
         """The part of log pi(a|s) that depends on a, (B,): equation (1), Q_i / alpha - b_i.
@@ -592,6 +601,10 @@ class MEow(nn.Module):
             log_det = log_det + coupling_log_det
         u = z * (-self.value.log_sigma(obs)).exp()  # (B, D)
         return log_det - 0.5 * u.square().sum(-1)
+
+    def forward(self, obs: torch.Tensor, action: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
+        """Q_1(s,a), Q_2(s,a): (B, 2), what the loss needs; torch.func.functional_call calls this alone."""
+        return self.q(obs, action, drop)
 
     def q(self, obs: torch.Tensor, action: torch.Tensor, drop: torch.Tensor | None = None) -> torch.Tensor:
         """Q_1(s,a), Q_2(s,a): (B, 2), equation (2). One pass of the flow; the heads differ by their shifts."""
@@ -644,6 +657,26 @@ def monte_carlo_value(q: torch.Tensor, log_prob: torch.Tensor, alpha: torch.Tens
     return (q - alpha * log_prob).mean(0)
 
 
+class GaussianActor(nn.Module):
+    """pi(.|s): tanh of a Gaussian."""
+
+    def __init__(self, obs_dim: int, action_dim: int):
+        super().__init__()
+        self.net = mlp(obs_dim, 256, 2 * action_dim)
+
+    def gaussian(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """mu(s) and log sigma(s), (B, D) each, the latter squashed into [-5, 2]."""
+        mean, log_std = self.net(obs).chunk(2, -1)
+        return mean, -5 + 0.5 * (2 + 5) * (torch.tanh(log_std) + 1)
+
+    def forward(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Actions (B, D), equation (1), of noise (B, D) from N(0, I), and log pi(a|s), (B,), equation (2)."""
+        mean, log_std = self.gaussian(obs)
+        u = mean + log_std.exp() * noise
+        log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi) - log_one_minus_tanh2(u)
+        return torch.tanh(u), log_prob.sum(-1)
+
+
 class SAC(nn.Module):
     """Policy and soft Q-functions. Observations (B, O), actions (B, D) in [-1, 1]."""
 
@@ -651,26 +684,27 @@ class SAC(nn.Module):
         super().__init__()
         self.obs_dim, self.action_dim = obs_dim, action_dim
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)), requires_grad=args.autotune)
-        self.actor = mlp(obs_dim, 256, 2 * action_dim)
+        self.actor = GaussianActor(obs_dim, action_dim)
         self.qf = ShiftedTwinQ(obs_dim, action_dim, args)
 
-    def gaussian(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """mu(s) and log sigma(s), (B, D) each, the latter squashed into [-5, 2]."""
-        mean, log_std = self.actor(obs).chunk(2, -1)
-        return mean, -5 + 0.5 * (2 + 5) * (torch.tanh(log_std) + 1)
+    def act_noise(self, n: int, rng: torch.Generator) -> torch.Tensor:
+        """What `act` takes for n observations: draws (n, D) from N(0, I)."""
+        return torch.randn(n, self.action_dim, generator=rng, device=rng.device)
+
+    def act(self, obs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Actions (B, D), equation (1), of the draws `noise` (B, D) from N(0, I)."""
+        mean, log_std = self.actor.gaussian(obs)
+        return torch.tanh(mean + log_std.exp() * noise)
 
     def sample(self, obs: torch.Tensor, deterministic: bool = False) -> torch.Tensor:
         """Actions (B, D): a draw from the policy, or tanh(mu(s)) if deterministic."""
-        mean, log_std = self.gaussian(obs)
-        return torch.tanh(mean if deterministic else mean + log_std.exp() * torch.randn_like(mean))
+        noise = obs.new_zeros(len(obs), self.action_dim)
+        return self.act(obs, noise if deterministic else noise.normal_())
 
     def sample_with_log_prob(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Actions (B, D), equation (1), and log pi(a|s), (B,), both differentiable in the actor's parameters."""
-        mean, log_std = self.gaussian(obs)
-        noise = torch.randn_like(mean)  # (B, D)
-        u = mean + log_std.exp() * noise
-        log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi) - log_one_minus_tanh2(u)
-        return torch.tanh(u), log_prob.sum(-1)
+        """Actions (B, D) and log pi(a|s), (B,), both differentiable in the actor's parameters."""
+        noise = torch.randn(*obs.shape[:-1], self.action_dim, dtype=obs.dtype, device=obs.device)
+        return self.actor(obs, noise)
 
     def q(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """Q_1(s,a), Q_2(s,a): (B, 2)."""
@@ -684,7 +718,7 @@ class SAC(nn.Module):
 
     def log_prob(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """log pi(a|s): (B,), equation (2)."""
-        mean, log_std = self.gaussian(obs)
+        mean, log_std = self.actor.gaussian(obs)
         u = torch.atanh(action.clamp(-1 + 1e-6, 1 - 1e-6))
         log_normal = -0.5 * ((u - mean) / log_std.exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
         return (log_normal - log_one_minus_tanh2(u)).sum(-1)
@@ -693,14 +727,14 @@ class SAC(nn.Module):
     def statistics(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
         """What is logged of the policy: its entropy (nats) and log sigma, means over the batch, and alpha."""
         entropy = -self.sample_with_log_prob(obs)[1].mean()
-        return dict(entropy=entropy, log_sigma=self.gaussian(obs)[1].mean(), alpha=self.log_alpha.exp())
+        return dict(entropy=entropy, log_sigma=self.actor.gaussian(obs)[1].mean(), alpha=self.log_alpha.exp())
 
 
 LOSSES = ("qf_loss", "qf1_loss", "qf2_loss", "q1", "q2", "target", "grad_norm")
 SAC_LOSSES = LOSSES + ("actor_loss", "alpha_loss")
 
 
-def flatten_parameters(module: nn.Module) -> nn.Parameter:
+def flatten_with_gradients(module: nn.Module) -> nn.Parameter:
     """Move the parameters and gradients of `module` into one vector, of which they become views, and return it.
 
     Gradient norm, Adam and Polyak averaging are then one operation each instead of one a parameter.
@@ -716,15 +750,12 @@ def flatten_parameters(module: nn.Module) -> nn.Parameter:
     return flat
 
 
-def dropout_masks(batch_size: int, p: float, device: torch.device) -> torch.Tensor | None:
-    """Masks (4, 2, B, 64) for the coupling nets, 0 with probability p, else 1 / (1 - p); None if p is 0.
-
-    All in one draw, 16 random bits an element, four elements a 64-bit number: a seventh of bernoulli_'s time on a CPU.
-    """
+def dropout_masks(bits: torch.Tensor, p: float, dtype: torch.dtype) -> torch.Tensor | None:
+    """Masks (4, 2, B, 64) for the coupling nets, 0 with probability p, else 1 / (1 - p); None if p is 0."""
     if p == 0:
         return None
-    bits = torch.empty(4, 2, batch_size, 64 // 4, dtype=torch.int64, device=device).random_(-(2**63), None)
-    return bits.view(torch.int16).ge(round(p * 2**16) - 2**15).float().div_(1 - p)
+    bits = torch.cat([bits & 0xFFFF, bits >> 16 & 0xFFFF], -1)
+    return (bits >= round(p * 2**16)).to(dtype) / (1 - p)
 
 
 def average_gradient(params: nn.Parameter) -> None:
@@ -744,8 +775,8 @@ def make_meow_learner(agent: MEow, args: Args):
     Also returns, by name, what an update changes besides the agent: the target V' and the optimiser.
     """
     target = copy.deepcopy(agent.value).requires_grad_(False)
-    params = flatten_parameters(agent)  # the couplings, then all that V depends on
-    target_params = flatten_parameters(target).detach()
+    params = flatten_with_gradients(agent)  # the couplings, then all that V depends on
+    target_params = flatten_with_gradients(target).detach()
     value_params = params.detach()[-len(target_params) :]
     optimizer = adam(params, args.learning_rate)
 
@@ -754,7 +785,8 @@ def make_meow_learner(agent: MEow, args: Args):
             next_v = target(batch.next_obs)  # (B, 2)
             next_v = next_v.amin(-1) if args.clipped_double_q else next_v.mean(-1)  # (B,)
             y = batch.rewards + args.gamma * (1 - batch.terminations) * next_v  # (B,)
-        drop = dropout_masks(len(y), args.dropout, y.device)  # (4, 2, B, 64) or None
+        bits = torch.empty(4, 2, len(y), 64 // 4, dtype=torch.int64, device=y.device).random_(-(2**63), None)
+        drop = dropout_masks(bits.view(torch.int32), args.dropout, y.dtype)  # (4, 2, B, 64) or None
         q = agent.q(batch.obs, batch.actions, drop)  # (B, 2)
         qf_loss = (q - y[:, None]).square().mean(0)  # (2,)
         loss = qf_loss.mean()
@@ -776,8 +808,8 @@ def make_sac_learner(agent: SAC, args: Args):
     Also returns, by name, what an update changes besides the agent: the targets Q' and the optimisers.
     """
     target = copy.deepcopy(agent.qf).requires_grad_(False)
-    q_params, actor_params = flatten_parameters(agent.qf), flatten_parameters(agent.actor)
-    target_params = flatten_parameters(target).detach()
+    q_params, actor_params = flatten_with_gradients(agent.qf), flatten_with_gradients(agent.actor)
+    target_params = flatten_with_gradients(target).detach()
     q_optimizer, actor_optimizer = adam(q_params, args.learning_rate), adam(actor_params, args.learning_rate)
     alpha_optimizer = adam(agent.log_alpha, args.learning_rate)
     q_leaves, actor_leaves = list(agent.qf.parameters()), list(agent.actor.parameters())

@@ -10,8 +10,8 @@ V(s) = E [Q(s,a) - alpha log pi(a|s)] has no network; it is estimated from actio
 target, and holds for the actor, not for Q: the two agree where training ends. B: batch, O: obs, D: action.
 
     equation                                                                    here
-    (1)  u ~ N(mu(s), sigma(s)^2),  a = tanh(u)                                 SAC.sample_with_log_prob
-    (2)  log pi(a|s) = log N(u) - sum log(1 - a^2)                              SAC.log_prob
+    (1)  u ~ N(mu(s), sigma(s)^2),  a = tanh(u)                                 GaussianActor.forward
+    (2)  log pi(a|s) = log N(u) - sum log(1 - a^2)                              GaussianActor.forward
     (3)  Q_i(s,a), two nets                                                     ShiftedTwinQ.forward, SAC.q
     (4)  V(s) = (1/M) sum_j [min_i Q_i(s,a_j) - alpha log pi(a_j|s)],  a_j ~ pi monte_carlo_value, SAC.v
     (5)  y = r + gamma (1 - d) V'(s'),  M = 1,  L_Q = mean (Q_i(s,a) - y)^2     make_sac_update
@@ -20,7 +20,9 @@ target, and holds for the actor, not for Q: the two agree where training ends. B
 """
 
 import copy
+import ctypes
 import dataclasses
+import functools
 import importlib
 import json
 import math
@@ -32,6 +34,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -41,6 +44,7 @@ import psutil
 import torch
 import torch.nn as nn
 import tyro
+from torch.func import functional_call
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -53,8 +57,12 @@ class Args:
     """gymnasium id; `module:Name-v0` imports the module first; `dm_control/...` goes through shimmy"""
     seed: int = 1
     """seed of the parameters, the environments, the replay samples and the action noise"""
+    num_seeds: int = 1
+    """train this many seeds side by side, from --seed on; each has its run, the same as if it were alone"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where networks and replay buffer live; auto takes the GPU if there is one"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """compile the update; auto does so if there is a compiler and the run is long enough to pay for it"""
     torch_deterministic: bool = True
     """use deterministic torch algorithms only: same machine and seed, same numbers"""
     track: bool = False
@@ -127,6 +135,7 @@ OWN_RANGES = {}
 
 
 EVAL_SEED = 10_000  # evaluation episodes start from seeds 10000, 10001, ..., whatever --seed is
+COMPILE_PAYS = 20_000  # updates from which on compiling, about a minute without a cache, saves more than it costs
 
 
 class UserError(Exception):
@@ -146,10 +155,11 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def check_args(args: Args) -> None:
     """Raise UserError, naming the flag, its value and its range, before anything is built."""
-    positive = ("total_timesteps", "num_envs", "utd", "batch_size", "eval_frequency", "eval_episodes")
+    positive = ("total_timesteps", "num_seeds", "num_envs", "utd", "batch_size", "eval_frequency", "eval_episodes")
     ranges = {name: (0 < getattr(args, name) < math.inf, "above 0 and finite") for name in positive + OWN_POSITIVE}
     ranges |= {name: (0 <= getattr(args, name) <= 1, "in [0, 1]") for name in ("gamma", "tau")}
-    ranges["seed"] = (0 <= args.seed < 2**32, "in [0, 2^32)")
+    ranges["seed"] = (0 <= args.seed <= 2**32 - args.num_seeds, "seeds in [0, 2^32)")
+    ranges["track"] = (not args.track or args.num_seeds == 1, "one seed a process: W&B follows one run at a time")
     ranges |= {name: (holds(args), expected) for name, (holds, expected) in OWN_RANGES.items()}
     ranges["learning_starts"] = (args.learning_starts >= args.num_envs, "at least --num-envs")
     ranges["buffer_size"] = (args.buffer_size >= max(args.batch_size, args.num_envs), "at least --batch-size")
@@ -203,7 +213,7 @@ class Batch(NamedTuple):
 
 
 class ReplayBuffer:
-    """Ring of transitions in preallocated float32 tensors: 4 (2 O + D + 2) bytes each.
+    """Ring of transitions, each a row of one preallocated float32 tensor: 4 (2 O + D + 2) bytes.
 
     1e6 transitions take 3.1 GB on Humanoid (O 376, D 17), 0.26 GB on Ant (O 27, D 8) and 0.11 GB on Hopper.
     Raises UserError if that exceeds the free memory of the machine or the GPU.
@@ -218,22 +228,25 @@ class ReplayBuffer:
                 f"--buffer-size {capacity} needs {need / 1e9:.2f} GB, {device} has {free / 1e9:.2f} GB free; "
                 f"expected at most {int(capacity * free / need)}"
             )
-        shapes = [(capacity, obs_dim), (capacity, action_dim), (capacity,), (capacity, obs_dim), (capacity,)]
-        self.data = Batch(*[torch.zeros(shape, device=device) for shape in shapes])
+        self.widths = (obs_dim, action_dim, 1, obs_dim, 1)  # of the fields of Batch
+        self.rows = torch.zeros(capacity, sum(self.widths), device=device)
         self.capacity, self.position, self.size = capacity, 0, 0
 
-    def add(self, *transitions) -> None:
-        """Store one step of every environment: the fields of Batch in order, first dimension num_envs."""
-        n = len(transitions[0])
-        for field, value in zip(self.data, transitions, strict=True):
-            field[self.position : self.position + n] = torch.as_tensor(value)
-        self.position = (self.position + n) % self.capacity
-        self.size = min(self.size + n, self.capacity)
+    def add(self, rows: torch.Tensor) -> None:
+        """Store one step of every environment, (num_envs, 2 O + D + 2), the fields of Batch side by side."""
+        self.rows[self.position : self.position + len(rows)] = rows
+        self.position = (self.position + len(rows)) % self.capacity
+        self.size = min(self.size + len(rows), self.capacity)
 
-    def sample(self, batch_size: int) -> Batch:
+    def fields(self, rows: torch.Tensor) -> Batch:
+        """Rows (B, 2 O + D + 2) as the fields of Batch, which are views of them."""
+        obs, actions, rewards, next_obs, terminations = rows.split(self.widths, -1)
+        return Batch(obs, actions, rewards.squeeze(-1), next_obs, terminations.squeeze(-1))
+
+    def sample(self, batch_size: int, rng: torch.Generator) -> Batch:
         """Transitions drawn uniformly with replacement."""
-        index = torch.randint(self.size, (batch_size,), device=self.data.obs.device)
-        return Batch(*[field.index_select(0, index) for field in self.data])
+        index = torch.randint(self.size, (batch_size,), generator=rng, device=self.rows.device)
+        return self.fields(self.rows.index_select(0, index))
 
 
 def swish(x: torch.Tensor, beta: torch.Tensor) -> torch.Tensor:
@@ -258,6 +271,8 @@ class StateNet(nn.Module):
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         h = swish(nn.functional.linear(obs, self.weight1.t(), self.bias1), self.beta1)  # (B, hidden)
         h = swish(nn.functional.linear(h, self.weight2.t(), self.bias2), self.beta2)  # (B, hidden)
+        if self.bias3.shape[0] == 1:  # as a sum: the gradient of a product with one column is slow on a CPU
+            return (h * self.weight3.t()).sum(-1, keepdim=True) + self.bias3  # (B, 1)
         return nn.functional.linear(h, self.weight3.t(), self.bias3)  # (B, out)
 
 
@@ -287,6 +302,26 @@ def log_one_minus_tanh2(u: torch.Tensor) -> torch.Tensor:
     return 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))
 
 
+class GaussianActor(nn.Module):
+    """pi(.|s): tanh of a Gaussian."""
+
+    def __init__(self, obs_dim: int, action_dim: int):
+        super().__init__()
+        self.net = mlp(obs_dim, 256, 2 * action_dim)
+
+    def gaussian(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """mu(s) and log sigma(s), (B, D) each, the latter squashed into [-5, 2]."""
+        mean, log_std = self.net(obs).chunk(2, -1)
+        return mean, -5 + 0.5 * (2 + 5) * (torch.tanh(log_std) + 1)
+
+    def forward(self, obs: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Actions (B, D), equation (1), of noise (B, D) from N(0, I), and log pi(a|s), (B,), equation (2)."""
+        mean, log_std = self.gaussian(obs)
+        u = mean + log_std.exp() * noise
+        log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi) - log_one_minus_tanh2(u)
+        return torch.tanh(u), log_prob.sum(-1)
+
+
 def monte_carlo_value(q: torch.Tensor, log_prob: torch.Tensor, alpha: torch.Tensor | float) -> torch.Tensor:
     """Estimate of V(s), (B,), from M actions of the policy: equation (4). q, log_prob: (M, B)."""
     return (q - alpha * log_prob).mean(0)
@@ -299,26 +334,27 @@ class SAC(nn.Module):
         super().__init__()
         self.obs_dim, self.action_dim = obs_dim, action_dim
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)), requires_grad=args.autotune)
-        self.actor = mlp(obs_dim, 256, 2 * action_dim)
+        self.actor = GaussianActor(obs_dim, action_dim)
         self.qf = ShiftedTwinQ(obs_dim, action_dim, args)
 
-    def gaussian(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """mu(s) and log sigma(s), (B, D) each, the latter squashed into [-5, 2]."""
-        mean, log_std = self.actor(obs).chunk(2, -1)
-        return mean, -5 + 0.5 * (2 + 5) * (torch.tanh(log_std) + 1)
+    def act_noise(self, n: int, rng: torch.Generator) -> torch.Tensor:
+        """What `act` takes for n observations: draws (n, D) from N(0, I)."""
+        return torch.randn(n, self.action_dim, generator=rng, device=rng.device)
+
+    def act(self, obs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Actions (B, D), equation (1), of the draws `noise` (B, D) from N(0, I)."""
+        mean, log_std = self.actor.gaussian(obs)
+        return torch.tanh(mean + log_std.exp() * noise)
 
     def sample(self, obs: torch.Tensor, deterministic: bool = False) -> torch.Tensor:
         """Actions (B, D): a draw from the policy, or tanh(mu(s)) if deterministic."""
-        mean, log_std = self.gaussian(obs)
-        return torch.tanh(mean if deterministic else mean + log_std.exp() * torch.randn_like(mean))
+        noise = obs.new_zeros(len(obs), self.action_dim)
+        return self.act(obs, noise if deterministic else noise.normal_())
 
     def sample_with_log_prob(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Actions (B, D), equation (1), and log pi(a|s), (B,), both differentiable in the actor's parameters."""
-        mean, log_std = self.gaussian(obs)
-        noise = torch.randn_like(mean)  # (B, D)
-        u = mean + log_std.exp() * noise
-        log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi) - log_one_minus_tanh2(u)
-        return torch.tanh(u), log_prob.sum(-1)
+        """Actions (B, D) and log pi(a|s), (B,), both differentiable in the actor's parameters."""
+        noise = torch.randn(*obs.shape[:-1], self.action_dim, dtype=obs.dtype, device=obs.device)
+        return self.actor(obs, noise)
 
     def q(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """Q_1(s,a), Q_2(s,a): (B, 2)."""
@@ -332,7 +368,7 @@ class SAC(nn.Module):
 
     def log_prob(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """log pi(a|s): (B,), equation (2)."""
-        mean, log_std = self.gaussian(obs)
+        mean, log_std = self.actor.gaussian(obs)
         u = torch.atanh(action.clamp(-1 + 1e-6, 1 - 1e-6))
         log_normal = -0.5 * ((u - mean) / log_std.exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
         return (log_normal - log_one_minus_tanh2(u)).sum(-1)
@@ -341,91 +377,175 @@ class SAC(nn.Module):
     def statistics(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
         """What is logged of the policy: its entropy (nats) and log sigma, means over the batch, and alpha."""
         entropy = -self.sample_with_log_prob(obs)[1].mean()
-        return dict(entropy=entropy, log_sigma=self.gaussian(obs)[1].mean(), alpha=self.log_alpha.exp())
+        return dict(entropy=entropy, log_sigma=self.actor.gaussian(obs)[1].mean(), alpha=self.log_alpha.exp())
 
 
 LOSSES = ("qf_loss", "qf1_loss", "qf2_loss", "q1", "q2", "target", "grad_norm", "actor_loss", "alpha_loss")
 
 
-def flatten_parameters(module: nn.Module) -> nn.Parameter:
-    """Move the parameters and gradients of `module` into one vector, of which they become views, and return it.
+def flatten_parameters(modules: list[nn.Module]) -> torch.Tensor:
+    """Move the parameters of S equal nets into the rows of one tensor (S, P), of which they become views.
 
     Gradient norm, Adam and Polyak averaging are then one operation each instead of one a parameter.
     """
-    params = list(module.parameters())
-    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in params]))
-    flat.grad = torch.zeros_like(flat)
-    start = 0
-    for p in params:
-        part = slice(start, start + p.numel())
-        p.data, p.grad = flat.data[part].view_as(p), flat.grad[part].view_as(p)
-        start = part.stop
+    flat = torch.stack([nn.utils.parameters_to_vector(m.parameters()).detach() for m in modules])
+    for module, row in zip(modules, flat, strict=True):
+        nn.utils.vector_to_parameters(row, module.parameters())
     return flat
 
 
-def make_sac_update(agent: SAC, args: Args):
-    """Returns update(batch, n) -> statistics (9,), named in LOSSES: one gradient step of equation (5).
+def unflatten(vector: torch.Tensor, module: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters of `module` by name, as views of a row (P,) of flatten_parameters."""
+    sizes = [p.numel() for p in module.parameters()]
+    parts = zip(module.named_parameters(), vector.split(sizes), strict=True)
+    return {name: part.view(p.shape) for (name, p), part in parts}
 
-    Where n, the count of updates, is a multiple of policy_frequency, that many steps of (6) and (7) follow, on the
-    same batch. Also returns, by name, what an update changes besides the agent: the targets Q' and the optimisers.
+
+def gradient_of(loss: Callable, params: dict[str, torch.Tensor], args: Args) -> tuple[torch.Tensor, tuple]:
+    """d loss / d params as one vector (P,), and what else loss(params) -> (loss, others) returns.
+
+    By torch.func, which compiles and vectorises, or, where neither is asked for, by autograd in less time.
     """
-    target = copy.deepcopy(agent.qf).requires_grad_(False)
-    q_params, actor_params = flatten_parameters(agent.qf), flatten_parameters(agent.actor)
-    target_params = flatten_parameters(target).detach()
+    if args.num_seeds > 1 or torch.compiler.is_compiling():
+        grads, others = torch.func.grad(loss, has_aux=True)(params)
+        return torch.cat([grad.flatten() for grad in grads.values()]), others
+    params = {name: p.detach().requires_grad_() for name, p in params.items()}
+    with torch.enable_grad():
+        value, others = loss(params)
+        grads = torch.autograd.grad(value, list(params.values()))
+    return torch.cat([grad.flatten() for grad in grads]), others
+
+
+def compiled(function: Callable, args: Args) -> Callable:
+    """`function`, pure and of tensors, compiled if --compile is on. A compiler that fails is reported and left out."""
+    if args.compile != "on":
+        return function
+    cuda = choose_device(args).type == "cuda"
+    options = {"triton.cudagraphs": True} if cuda else {"cpp_wrapper": True}  # launched without Python in between
+    options["guard_filter_fn"] = torch.compiler.keep_tensor_guards_unsafe  # check shapes, not every module, each time
+    fast, chosen = torch.compile(function, fullgraph=True, options=options), None
+
+    def first(*inputs):
+        nonlocal chosen
+        if chosen is not None:
+            return chosen(*inputs)
+        start = time.time()
+        try:
+            outputs, chosen = fast(*inputs), fast
+        except Exception as e:  # whatever a missing header or a full disk leads to; the function itself runs below
+            tqdm.write(f"--compile: {type(e).__name__}: {str(e).strip().splitlines()[0]}; goes on without")
+            outputs, chosen = function(*inputs), function
+        else:
+            tqdm.write(f"compiled {function.__name__} in {time.time() - start:.0f} s")
+        return outputs
+
+    return first
+
+
+def over_seeds(function: Callable, args: Args) -> Callable:
+    """`function` of one seed's tensors, to be called with a leading axis of seeds on each of them."""
+    if args.num_seeds > 1:
+        return torch.vmap(function)
+
+    @functools.wraps(function)
+    def alone(*inputs):
+        return tuple(output[None] for output in function(*(x[0] for x in inputs)))
+
+    return alone
+
+
+def draw_sac_noise(action_dim: int, args: Args, rng: torch.Generator) -> tuple[torch.Tensor]:
+    """The random numbers of an update, for the next actions and each step of the actor: (1 + K, B, D) from N(0, I).
+
+    They are drawn outside of what is compiled, so that a recorded update never repeats them.
+    """
+    shape = (1 + args.policy_frequency, args.batch_size, action_dim)
+    return (torch.randn(shape, generator=rng, device=rng.device),)
+
+
+def make_sac_update(agents: list[SAC], args: Args):
+    """Returns update(*batch, *noise, n=n) -> statistics (S, 9), named in LOSSES: a gradient step of equation (5).
+
+    Of S agents at once, batch and noise with a leading axis S. Where n, the count of updates, is a multiple of
+    policy_frequency, that many steps of (6) and (7) follow, on the same batch. Also returns, by name, what an update
+    changes besides the agents: the targets Q' and the optimisers.
+    """
+    agent = agents[0]  # for its structure; the parameters are in the rows of what follows
+    targets = [copy.deepcopy(each.qf).requires_grad_(False) for each in agents]
+    q_params, target_params = flatten_parameters([each.qf for each in agents]), flatten_parameters(targets)  # (S, P)
+    actor_params = flatten_parameters([each.actor for each in agents])  # (S, P')
+    log_alpha = torch.stack([each.log_alpha.detach() for each in agents])  # (S,)
+    for each, row in zip(agents, log_alpha, strict=True):
+        each.log_alpha.data = row
     q_optimizer = torch.optim.Adam([q_params], lr=args.q_lr, fused=True)
     actor_optimizer = torch.optim.Adam([actor_params], lr=args.policy_lr, fused=True)
-    alpha_optimizer = torch.optim.Adam([agent.log_alpha], lr=args.q_lr, fused=True)
-    q_leaves, actor_leaves = list(agent.qf.parameters()), list(agent.actor.parameters())
-    actor_losses = torch.zeros(2, device=q_params.device)  # of (6) and (7), as last computed
+    alpha_optimizer = torch.optim.Adam([log_alpha], lr=args.q_lr, fused=True)
+    actor_losses = torch.zeros(len(agents), 2, device=q_params.device)  # of (6) and (7), as last computed
 
-    def update(batch: Batch, n: int) -> torch.Tensor:
-        alpha = agent.log_alpha.detach().exp()
-        with torch.no_grad():
-            next_actions, next_log_prob = agent.sample_with_log_prob(batch.next_obs)
-            next_q = target(batch.next_obs, next_actions).amin(-1)  # (B,)
-            next_v = monte_carlo_value(next_q[None], next_log_prob[None], alpha)  # (B,), M = 1
-            y = batch.rewards + args.gamma * (1 - batch.terminations) * next_v  # (B,)
-        q = agent.q(batch.obs, batch.actions)  # (B, 2)
-        qf_loss = (q - y[:, None]).square().mean(0)  # (2,)
-        loss = qf_loss.mean()
+    def q_gradient(
+        q_params, target_params, actor_params, log_alpha, obs, actions, rewards, next_obs, terminations, noise
+    ):
+        actor, target = unflatten(actor_params, agent.actor), unflatten(target_params, agent.qf)
+        next_actions, next_log_prob = functional_call(agent.actor, actor, (next_obs, noise))
+        next_q = functional_call(agent.qf, target, (next_obs, next_actions)).amin(-1)  # (B,)
+        next_v = monte_carlo_value(next_q[None], next_log_prob[None], log_alpha.exp())  # (B,), M = 1
+        y = rewards + args.gamma * (1 - terminations) * next_v  # (B,)
 
-        q_optimizer.zero_grad(set_to_none=False)
-        loss.backward(inputs=q_leaves)
+        def loss(params):
+            q = functional_call(agent.qf, params, (obs, actions))  # (B, 2)
+            qf_loss = (q - y[:, None]).square().mean(0)  # (2,)
+            return qf_loss.mean(), torch.cat([qf_loss.mean()[None], qf_loss, q.mean(0), y.mean()[None]])
+
+        grad, stats = gradient_of(loss, unflatten(q_params, agent.qf), args)  # (P,), (6,)
+        return grad, torch.cat([stats, grad.norm()[None]]).detach()
+
+    def actor_gradient(actor_params, q_params, log_alpha, obs, noise):
+        qf, alpha = unflatten(q_params, agent.qf), log_alpha.exp()
+
+        def loss(params):
+            actions, log_prob = functional_call(agent.actor, params, (obs, noise))
+            q = functional_call(agent.qf, qf, (obs, actions)).amin(-1)  # (B,)
+            return (alpha * log_prob - q).mean(), ((alpha * log_prob - q).mean(), log_prob.mean())
+
+        grad, (actor_loss, log_prob) = gradient_of(loss, unflatten(actor_params, agent.actor), args)
+        alpha_loss = -alpha * (log_prob - agent.action_dim)  # its gradient in log alpha is the loss itself
+        return grad, alpha_loss.detach(), torch.stack([actor_loss, alpha_loss]).detach()
+
+    q_gradient, actor_gradient = (compiled(over_seeds(f, args), args) for f in (q_gradient, actor_gradient))
+
+    @torch.no_grad()
+    def update(*batch_and_noise: torch.Tensor, n: int) -> torch.Tensor:
+        *batch, noise = batch_and_noise  # noise: (S, 1 + K, B, D)
+        q_params.grad, stats = q_gradient(q_params, target_params, actor_params, log_alpha, *batch, noise[:, 0])
         q_optimizer.step()
-        for _ in range(args.policy_frequency if n % args.policy_frequency == 0 else 0):
-            actions, log_prob = agent.sample_with_log_prob(batch.obs)
-            actor_loss = (alpha * log_prob - agent.q(batch.obs, actions).amin(-1)).mean()
-            actor_optimizer.zero_grad(set_to_none=False)
-            actor_loss.backward(inputs=actor_leaves)
+        for k in range(args.policy_frequency if n % args.policy_frequency == 0 else 0):
+            inputs = (actor_params, q_params, log_alpha, batch[0], noise[:, 1 + k])
+            actor_params.grad, log_alpha.grad, losses = actor_gradient(*inputs)
             actor_optimizer.step()
-            alpha_loss = -agent.log_alpha.exp() * (log_prob.detach().mean() - agent.action_dim)
             if args.autotune:
-                alpha_optimizer.zero_grad()
-                alpha_loss.backward()
                 alpha_optimizer.step()
-                alpha = agent.log_alpha.detach().exp()
-            torch.stack([actor_loss.detach(), alpha_loss.detach()], out=actor_losses)
+            actor_losses.copy_(losses)
         target_params.lerp_(q_params, args.tau)  # Q' <- Q' + tau (Q - Q')
-        stats = torch.stack([loss, *qf_loss, *q.mean(0), y.mean(), q_params.grad.norm()]).detach()
-        return torch.cat([stats, actor_losses])
+        return torch.cat([stats, actor_losses], -1)
 
-    return update, dict(
-        target=target, q_optimizer=q_optimizer, actor_optimizer=actor_optimizer, alpha_optimizer=alpha_optimizer
-    )
+    learner = dict(target=targets, q_optimizer=q_optimizer, actor_optimizer=actor_optimizer)
+    return update, learner | dict(alpha_optimizer=alpha_optimizer)
 
 
-Agent, make_update = SAC, make_sac_update  # what the code from here on, the same in every script, calls
+# What the code from here on, the same in every script, calls
+Agent, draw_noise, make_update = SAC, draw_sac_noise, make_sac_update
 
 
-@torch.random.fork_rng()  # sampled evaluations, too, leave the random numbers of training alone
+@torch.random.fork_rng()
 @torch.no_grad()
 def evaluate(agent: Agent, envs: gym.vector.VectorEnv, deterministic: bool, device: torch.device):
     """One episode in each of `envs`, the same ones every time. Returns their returns (E,) and lengths (E,)."""
     obs, _ = envs.reset(seed=EVAL_SEED)
+    torch.manual_seed(EVAL_SEED)  # of sampled actions
     returns, lengths = np.zeros(envs.num_envs), np.zeros(envs.num_envs, dtype=np.int64)
     active = np.ones(envs.num_envs, dtype=bool)  # an environment that is done goes on, but no longer counts
     while active.any():
-        actions = agent.sample(torch.as_tensor(obs, dtype=torch.float32, device=device), deterministic)
+        actions = agent.sample(torch.as_tensor(obs, dtype=torch.get_default_dtype(), device=device), deterministic)
         obs, rewards, terminations, truncations, _ = envs.step(actions.cpu().numpy())
         returns += rewards * active
         lengths += active
@@ -539,22 +659,95 @@ def start_run(args: Args) -> tuple[Path, SummaryWriter]:
     return run_dir, writer
 
 
-def train(args: Args) -> Path:
-    """Train, evaluate, log and save. Returns the run's folder."""
+def choose_compile(args: Args) -> bool:
+    """--compile: whether to, and one line if that is not what the flag says or why auto leaves it."""
+    updates = int(args.utd * (args.total_timesteps - args.learning_starts))
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    why = ""
+    if args.compile == "auto" and updates < COMPILE_PAYS:
+        why = f"{updates} updates do not pay for it (--compile on to do it all the same)"
+    elif compiler is None:
+        why = "no C++ compiler is found (apt-get install g++, or name one in CXX)"
+    if why and args.compile != "off":
+        print(f"not compiled: {why}")
+    return args.compile != "off" and not why
+
+
+def seed_state(learner: dict, s: int) -> dict:
+    """What a checkpoint keeps of seed s beside its agent: the target's parameters and the state of the optimisers."""
+    state = {}
+    for name, part in learner.items():
+        if isinstance(part, torch.optim.Optimizer):
+            (moments,) = part.state.values() or ({},)  # one parameter (S, P); nothing before the first step
+            state[name] = {key: x[s].clone() if x.dim() else x for key, x in moments.items()}
+        else:
+            state[name] = {key: x.clone() for key, x in part[s].state_dict().items()}
+    return state
+
+
+def make_runs(args: Args) -> tuple[Callable, list[Generator]]:
+    """The update of --num-seeds agents at once, and the run of each, not begun. Raises UserError."""
     check_args(args)
-    torch.manual_seed(args.seed)  # the only global generator in use; environments have their own
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs to be deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), 4))  # more do not help nets of this size
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc would give freed tensors back to the system, ...
+        libc.mallopt(-1, 2**30), libc.mallopt(-3, 2**25)  # ... and fault their pages in anew at every update
     device = choose_device(args)
 
+    env = make_env(args.env_id)
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    args = dataclasses.replace(args, compile="on" if choose_compile(args) else "off")
+    seeds = [dataclasses.replace(args, seed=args.seed + s, num_seeds=1) for s in range(args.num_seeds)]
+    agents = []
+    for seed in seeds:
+        torch.manual_seed(seed.seed)
+        agents.append(Agent(obs_dim, action_dim, args).to(device))
+    update, learner = make_update(agents, args)
+    states = [functools.partial(seed_state, learner, s) for s in range(args.num_seeds)]
+    shown = [s == 0 for s in range(args.num_seeds)]
+    return update, [run_seed(*run, device) for run in zip(seeds, agents, states, shown, strict=True)]
+
+
+def advance(runs: list[Generator], stats: Sequence[torch.Tensor | None]) -> tuple[list[torch.Tensor], list[Path]]:
+    """Each run on to its next update: the inputs of all updates, with a leading axis S, or the folders at the end."""
+    inputs, folders = [], []
+    for run, row in zip(runs, stats, strict=True):
+        try:
+            inputs.append(run.send(row))
+        except StopIteration as end:
+            folders.append(end.value)
+    stacked = [torch.stack(x) if len(x) > 1 else x[0][None] for x in zip(*inputs, strict=True)]  # one is not copied
+    return stacked, folders
+
+
+def train(args: Args) -> list[Path]:
+    """Train, evaluate, log and save --num-seeds runs in lock step, their updates as one. Returns their folders."""
+    update, runs = make_runs(args)
+    inputs, folders = advance(runs, [None] * len(runs))  # sending None begins a generator
+    updates = 0
+    while not folders:
+        inputs, folders = advance(runs, update(*inputs, n=updates))
+        updates += 1
+    return folders
+
+
+def run_seed(
+    args: Args, agent: Agent, learner_state: Callable[[], dict], show: bool, device: torch.device
+) -> Generator[tuple[torch.Tensor, ...], torch.Tensor, Path]:
+    """The run of one seed. Yields the batch and the noise of each update, is sent its statistics (L,) when it is done.
+
+    Returns the run's folder. Whoever drives it changes the parameters of `agent`; learner_state() is the rest of
+    what a checkpoint keeps. The progress bar is drawn if `show`.
+    """
+    rng = torch.Generator(device).manual_seed(args.seed)  # of everything that training draws
     envs = make_envs(args.env_id, args.num_envs)
     eval_envs = make_envs(args.env_id, args.eval_episodes)
-    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    obs_dim, action_dim = agent.obs_dim, agent.action_dim
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, obs_dim, action_dim, device)
-
-    agent = Agent(obs_dim, action_dim, args).to(device)
-    update, learner = make_update(agent, args)
+    act = compiled(agent.act, args)
 
     run_dir, writer = start_run(args)
     if args.capture_video:
@@ -565,8 +758,8 @@ def train(args: Args) -> Path:
         writer.flush()
         facts = dict(algorithm=Path(__file__).stem, args=dataclasses.asdict(args), obs_dim=obs_dim)
         facts |= dict(action_dim=action_dim, global_step=global_step, best_return=best_return)
-        state = {k: v.state_dict() for k, v in dict(agent=agent, **learner).items()}
-        save_checkpoint(run_dir / name, facts | state)
+        agent_state = {name: x.clone() for name, x in agent.state_dict().items()}
+        save_checkpoint(run_dir / name, facts | dict(agent=agent_state) | learner_state())
 
     def check_losses() -> torch.Tensor:
         """Statistics of the updates since the last log, (updates, L). Stops the run if one is not finite."""
@@ -580,25 +773,32 @@ def train(args: Args) -> Path:
         save("failed.pt")
         raise FloatingPointError(f"{message}. The state at step {global_step} is in {run_dir}/failed.pt")
 
-    global_step, updates, updates_due = 0, 0, 0.0
+    global_step, updates_due = 0, 0.0
     save("checkpoint.pt")  # from here on, a run that is killed leaves a file that loads
     stats = []  # (global_step, statistics (L,)) of the updates since the last log
     start_time = time.time()
     obs, _ = envs.reset(seed=args.seed)
+    obs_tensor = torch.as_tensor(obs).to(buffer.rows)  # (N, O)
     interval = 0.5 if sys.stderr.isatty() else 30.0  # seconds; a log file needs fewer lines
-    bar = tqdm(total=args.total_timesteps, unit="step", mininterval=interval, maxinterval=interval)
+    bar = tqdm(total=args.total_timesteps, unit="step", mininterval=interval, maxinterval=interval, disable=not show)
     while global_step < args.total_timesteps:
-        obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device)  # (N, O)
         if global_step < args.learning_starts:
-            actions = torch.rand(args.num_envs, action_dim, device=device) * 2 - 1  # (N, D)
+            actions = torch.rand(args.num_envs, action_dim, generator=rng, device=device) * 2 - 1  # (N, D)
         else:
-            with torch.inference_mode():
-                actions = agent.sample(obs_tensor)
+            with torch.no_grad():
+                actions = act(obs_tensor, agent.act_noise(args.num_envs, rng))
         env_actions = actions.cpu().numpy()
         if not np.isfinite(env_actions).all():  # never reaches the task
             if stats:
                 check_losses()
             stop(f"the actions are not finite at step {global_step}, for the observations {obs}")
+
+        # The updates of the steps so far come before this step, which a GPU then computes while the task simulates
+        updates_due += args.num_envs * args.utd * (global_step >= args.learning_starts)
+        while updates_due >= 1:
+            updates_due -= 1
+            batch, noise = buffer.sample(args.batch_size, rng), draw_noise(action_dim, args, rng)
+            stats.append((global_step, (yield *batch, *noise)))
         next_obs, rewards, terminations, truncations, infos = envs.step(env_actions)
         global_step += args.num_envs
         bar.update(args.num_envs)
@@ -610,22 +810,18 @@ def train(args: Args) -> Path:
             episodic_return = float(infos["final_info"]["episode"]["r"][i])
             writer.add_scalar("charts/episodic_return", episodic_return, global_step)
             writer.add_scalar("charts/episodic_length", float(infos["final_info"]["episode"]["l"][i]), global_step)
-        buffer.add(obs_tensor, actions, rewards, last_obs, terminations)
-        obs = next_obs
-
-        if global_step > args.learning_starts:
-            updates_due += args.num_envs * args.utd
-            while updates_due >= 1:
-                updates_due -= 1
-                stats.append((global_step, update(buffer.sample(args.batch_size), updates)))
-                updates += 1
+        columns = (obs, env_actions, rewards[:, None], last_obs, terminations[:, None], next_obs)
+        step = torch.from_numpy(np.concatenate(columns, 1, dtype=np.float32)).to(buffer.rows)  # one transfer
+        buffer.add(step[:, :-obs_dim])
+        obs, obs_tensor = next_obs, step[:, -obs_dim:]
 
         eval_due = global_step % args.eval_frequency < args.num_envs or global_step >= args.total_timesteps
         if stats and (eval_due or global_step % 100 < args.num_envs):
             for name, value in zip(LOSSES, check_losses().mean(0).tolist(), strict=True):
                 writer.add_scalar(f"losses/{name}", value, global_step)
             stats.clear()
-            for name, value in agent.statistics(buffer.sample(args.batch_size).obs).items():
+            torch.manual_seed(global_step)  # of what statistics samples; training draws from rng
+            for name, value in agent.statistics(buffer.sample(args.batch_size, rng).obs).items():
                 writer.add_scalar(f"policy/{name}", value.item(), global_step)
             sps = global_step / (time.time() - start_time)
             writer.add_scalar("charts/SPS", sps, global_step)

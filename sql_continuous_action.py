@@ -23,7 +23,9 @@ term, as in public codes, the fixed point is not pi. The reward is not scaled: a
 """
 
 import copy
+import ctypes
 import dataclasses
+import functools
 import importlib
 import json
 import math
@@ -35,6 +37,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -44,6 +47,7 @@ import psutil
 import torch
 import torch.nn as nn
 import tyro
+from torch.func import functional_call
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -56,8 +60,12 @@ class Args:
     """gymnasium id; `module:Name-v0` imports the module first; `dm_control/...` goes through shimmy"""
     seed: int = 1
     """seed of the parameters, the environments, the replay samples and the action noise"""
+    num_seeds: int = 1
+    """train this many seeds side by side, from --seed on; each has its run, the same as if it were alone"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where networks and replay buffer live; auto takes the GPU if there is one"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """compile the update; auto does so if there is a compiler and the run is long enough to pay for it"""
     torch_deterministic: bool = True
     """use deterministic torch algorithms only: same machine and seed, same numbers"""
     track: bool = False
@@ -121,6 +129,7 @@ OWN_RANGES = {}
 
 
 EVAL_SEED = 10_000  # evaluation episodes start from seeds 10000, 10001, ..., whatever --seed is
+COMPILE_PAYS = 20_000  # updates from which on compiling, about a minute without a cache, saves more than it costs
 
 
 class UserError(Exception):
@@ -140,10 +149,11 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 def check_args(args: Args) -> None:
     """Raise UserError, naming the flag, its value and its range, before anything is built."""
-    positive = ("total_timesteps", "num_envs", "utd", "batch_size", "eval_frequency", "eval_episodes")
+    positive = ("total_timesteps", "num_seeds", "num_envs", "utd", "batch_size", "eval_frequency", "eval_episodes")
     ranges = {name: (0 < getattr(args, name) < math.inf, "above 0 and finite") for name in positive + OWN_POSITIVE}
     ranges |= {name: (0 <= getattr(args, name) <= 1, "in [0, 1]") for name in ("gamma", "tau")}
-    ranges["seed"] = (0 <= args.seed < 2**32, "in [0, 2^32)")
+    ranges["seed"] = (0 <= args.seed <= 2**32 - args.num_seeds, "seeds in [0, 2^32)")
+    ranges["track"] = (not args.track or args.num_seeds == 1, "one seed a process: W&B follows one run at a time")
     ranges |= {name: (holds(args), expected) for name, (holds, expected) in OWN_RANGES.items()}
     ranges["learning_starts"] = (args.learning_starts >= args.num_envs, "at least --num-envs")
     ranges["buffer_size"] = (args.buffer_size >= max(args.batch_size, args.num_envs), "at least --batch-size")
@@ -197,7 +207,7 @@ class Batch(NamedTuple):
 
 
 class ReplayBuffer:
-    """Ring of transitions in preallocated float32 tensors: 4 (2 O + D + 2) bytes each.
+    """Ring of transitions, each a row of one preallocated float32 tensor: 4 (2 O + D + 2) bytes.
 
     1e6 transitions take 3.1 GB on Humanoid (O 376, D 17), 0.26 GB on Ant (O 27, D 8) and 0.11 GB on Hopper.
     Raises UserError if that exceeds the free memory of the machine or the GPU.
@@ -212,22 +222,25 @@ class ReplayBuffer:
                 f"--buffer-size {capacity} needs {need / 1e9:.2f} GB, {device} has {free / 1e9:.2f} GB free; "
                 f"expected at most {int(capacity * free / need)}"
             )
-        shapes = [(capacity, obs_dim), (capacity, action_dim), (capacity,), (capacity, obs_dim), (capacity,)]
-        self.data = Batch(*[torch.zeros(shape, device=device) for shape in shapes])
+        self.widths = (obs_dim, action_dim, 1, obs_dim, 1)  # of the fields of Batch
+        self.rows = torch.zeros(capacity, sum(self.widths), device=device)
         self.capacity, self.position, self.size = capacity, 0, 0
 
-    def add(self, *transitions) -> None:
-        """Store one step of every environment: the fields of Batch in order, first dimension num_envs."""
-        n = len(transitions[0])
-        for field, value in zip(self.data, transitions, strict=True):
-            field[self.position : self.position + n] = torch.as_tensor(value)
-        self.position = (self.position + n) % self.capacity
-        self.size = min(self.size + n, self.capacity)
+    def add(self, rows: torch.Tensor) -> None:
+        """Store one step of every environment, (num_envs, 2 O + D + 2), the fields of Batch side by side."""
+        self.rows[self.position : self.position + len(rows)] = rows
+        self.position = (self.position + len(rows)) % self.capacity
+        self.size = min(self.size + len(rows), self.capacity)
 
-    def sample(self, batch_size: int) -> Batch:
+    def fields(self, rows: torch.Tensor) -> Batch:
+        """Rows (B, 2 O + D + 2) as the fields of Batch, which are views of them."""
+        obs, actions, rewards, next_obs, terminations = rows.split(self.widths, -1)
+        return Batch(obs, actions, rewards.squeeze(-1), next_obs, terminations.squeeze(-1))
+
+    def sample(self, batch_size: int, rng: torch.Generator) -> Batch:
         """Transitions drawn uniformly with replacement."""
-        index = torch.randint(self.size, (batch_size,), device=self.data.obs.device)
-        return Batch(*[field.index_select(0, index) for field in self.data])
+        index = torch.randint(self.size, (batch_size,), generator=rng, device=self.rows.device)
+        return self.fields(self.rows.index_select(0, index))
 
 
 def mlp(in_dim: int, hidden_dim: int, out_dim: int) -> nn.Sequential:
@@ -271,6 +284,21 @@ def stein_direction(fixed: torch.Tensor, score: torch.Tensor, updated: torch.Ten
     return (k * (score[:, None] - 2 * delta / h[:, None])).mean(0)
 
 
+def particles(sampler: Callable, obs: torch.Tensor, xi: torch.Tensor) -> torch.Tensor:
+    """u = f(s, xi), (K, B, D), for obs (B, O) and xi (K, B, D): equation (1) before the tanh."""
+    return sampler(torch.cat([obs.expand(len(xi), *obs.shape), xi], -1))
+
+
+def score(qf: Callable, obs: torch.Tensor, u: torch.Tensor, alpha: float) -> torch.Tensor:
+    """grad_u log p(u|s), (K, B, D), for obs (B, O) and u (K, B, D): the gradient of equation (5)."""
+
+    def log_p(u):
+        q = qf(obs.expand(len(u), *obs.shape), torch.tanh(u)).amin(-1)  # (K, B)
+        return (q / alpha + log_one_minus_tanh2(u).sum(-1)).sum()
+
+    return torch.func.grad(log_p)(u)
+
+
 class SQL(nn.Module):
     """Sampler and soft Q-functions. Observations (B, O), actions (B, D) in [-1, 1]."""
 
@@ -282,16 +310,20 @@ class SQL(nn.Module):
         fixed_xi = torch.randn(16, action_dim, generator=torch.Generator().manual_seed(0))
         self.register_buffer("fixed_xi", fixed_xi)  # (16, D)
 
-    def particles(self, obs: torch.Tensor, xi: torch.Tensor) -> torch.Tensor:
-        """u = f(s, xi), (K, B, D), for obs (B, O) and xi (K, B, D): equation (1) before the tanh."""
-        return self.sampler(torch.cat([obs.expand(len(xi), *obs.shape), xi], -1))
+    def act_noise(self, n: int, rng: torch.Generator) -> torch.Tensor:
+        """What `act` takes for n observations: draws (n, D) from N(0, I)."""
+        return torch.randn(n, self.action_dim, generator=rng, device=rng.device)
+
+    def act(self, obs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Actions (B, D), equation (1), of the draws `noise` (B, D) from N(0, I)."""
+        return torch.tanh(particles(self.sampler, obs, noise[None])[0])
 
     def sample(self, obs: torch.Tensor, deterministic: bool = False) -> torch.Tensor:
         """Actions (B, D): a draw from the sampler or, if deterministic, the best by Q for the 16 fixed xi."""
         if not deterministic:
-            return torch.tanh(self.particles(obs, torch.randn(1, len(obs), self.action_dim, device=obs.device))[0])
+            return self.act(obs, obs.new_zeros(len(obs), self.action_dim).normal_())
         xi = self.fixed_xi[:, None].expand(-1, len(obs), -1)  # (16, B, D)
-        actions = torch.tanh(self.particles(obs, xi))  # (16, B, D)
+        actions = torch.tanh(particles(self.sampler, obs, xi))  # (16, B, D)
         best = self.q(obs.expand(len(xi), *obs.shape), actions).amin(-1).argmax(0)  # (B,)
         return actions[best, torch.arange(len(obs), device=obs.device)]
 
@@ -304,93 +336,166 @@ class SQL(nn.Module):
         action = torch.rand(samples, len(obs), self.action_dim, device=obs.device) * 2 - 1  # (M, B, D)
         return importance_sampled_value(self.q(obs.expand(samples, *obs.shape), action), self.alpha, self.action_dim)
 
-    def score(self, obs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-        """grad_u log p(u|s), (K, B, D), for obs (B, O) and u (K, B, D): the gradient of equation (5)."""
-        u = u.detach().requires_grad_()
-        q = self.q(obs.expand(len(u), *obs.shape), torch.tanh(u)).amin(-1)  # (K, B)
-        log_p = q / self.alpha + log_one_minus_tanh2(u).sum(-1)  # (K, B)
-        return torch.autograd.grad(log_p.sum(), u)[0]
-
     @torch.no_grad()
     def statistics(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
         """What is logged of the policy: the spread of its actions in a state, mean over the batch."""
         xi = torch.randn(16, len(obs), self.action_dim, device=obs.device)
-        return dict(action_std=torch.tanh(self.particles(obs, xi)).std(0).mean())
+        return dict(action_std=torch.tanh(particles(self.sampler, obs, xi)).std(0).mean())
 
 
 LOSSES = ("qf_loss", "qf1_loss", "qf2_loss", "q1", "q2", "target", "grad_norm", "stein_norm")
 
 
-def flatten_parameters(module: nn.Module) -> nn.Parameter:
-    """Move the parameters and gradients of `module` into one vector, of which they become views, and return it.
+def flatten_parameters(modules: list[nn.Module]) -> torch.Tensor:
+    """Move the parameters of S equal nets into the rows of one tensor (S, P), of which they become views.
 
     Gradient norm, Adam and Polyak averaging are then one operation each instead of one a parameter.
     """
-    params = list(module.parameters())
-    flat = nn.Parameter(torch.cat([p.detach().flatten() for p in params]))
-    flat.grad = torch.zeros_like(flat)
-    start = 0
-    for p in params:
-        part = slice(start, start + p.numel())
-        p.data, p.grad = flat.data[part].view_as(p), flat.grad[part].view_as(p)
-        start = part.stop
+    flat = torch.stack([nn.utils.parameters_to_vector(m.parameters()).detach() for m in modules])
+    for module, row in zip(modules, flat, strict=True):
+        nn.utils.vector_to_parameters(row, module.parameters())
     return flat
 
 
-def make_sql_update(agent: SQL, args: Args):
-    """Returns update(batch, n) -> statistics (8,), named in LOSSES: one gradient step of equations (4) and (7).
+def unflatten(vector: torch.Tensor, module: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters of `module` by name, as views of a row (P,) of flatten_parameters."""
+    sizes = [p.numel() for p in module.parameters()]
+    parts = zip(module.named_parameters(), vector.split(sizes), strict=True)
+    return {name: part.view(p.shape) for (name, p), part in parts}
 
-    n counts the updates (nothing here depends on it). Also returns, by name, what an update changes besides the
-    agent: the targets Q' and the optimisers.
+
+def gradient_of(loss: Callable, params: dict[str, torch.Tensor], args: Args) -> tuple[torch.Tensor, tuple]:
+    """d loss / d params as one vector (P,), and what else loss(params) -> (loss, others) returns.
+
+    By torch.func, which compiles and vectorises, or, where neither is asked for, by autograd in less time.
     """
-    target = copy.deepcopy(agent.qf).requires_grad_(False)
-    q_params, sampler_params = flatten_parameters(agent.qf), flatten_parameters(agent.sampler)
-    target_params = flatten_parameters(target).detach()
+    if args.num_seeds > 1 or torch.compiler.is_compiling():
+        grads, others = torch.func.grad(loss, has_aux=True)(params)
+        return torch.cat([grad.flatten() for grad in grads.values()]), others
+    params = {name: p.detach().requires_grad_() for name, p in params.items()}
+    with torch.enable_grad():
+        value, others = loss(params)
+        grads = torch.autograd.grad(value, list(params.values()))
+    return torch.cat([grad.flatten() for grad in grads]), others
+
+
+def compiled(function: Callable, args: Args) -> Callable:
+    """`function`, pure and of tensors, compiled if --compile is on. A compiler that fails is reported and left out."""
+    if args.compile != "on":
+        return function
+    cuda = choose_device(args).type == "cuda"
+    options = {"triton.cudagraphs": True} if cuda else {"cpp_wrapper": True}  # launched without Python in between
+    options["guard_filter_fn"] = torch.compiler.keep_tensor_guards_unsafe  # check shapes, not every module, each time
+    fast, chosen = torch.compile(function, fullgraph=True, options=options), None
+
+    def first(*inputs):
+        nonlocal chosen
+        if chosen is not None:
+            return chosen(*inputs)
+        start = time.time()
+        try:
+            outputs, chosen = fast(*inputs), fast
+        except Exception as e:  # whatever a missing header or a full disk leads to; the function itself runs below
+            tqdm.write(f"--compile: {type(e).__name__}: {str(e).strip().splitlines()[0]}; goes on without")
+            outputs, chosen = function(*inputs), function
+        else:
+            tqdm.write(f"compiled {function.__name__} in {time.time() - start:.0f} s")
+        return outputs
+
+    return first
+
+
+def over_seeds(function: Callable, args: Args) -> Callable:
+    """`function` of one seed's tensors, to be called with a leading axis of seeds on each of them."""
+    if args.num_seeds > 1:
+        return torch.vmap(function)
+
+    @functools.wraps(function)
+    def alone(*inputs):
+        return tuple(output[None] for output in function(*(x[0] for x in inputs)))
+
+    return alone
+
+
+def draw_sql_noise(action_dim: int, args: Args, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """The random numbers of an update: actions (M, B, D) from U[-1, 1]^D and xi (2 K, B, D) from N(0, I).
+
+    They are drawn outside of what is compiled, so that a recorded update never repeats them.
+    """
+    shape = (args.batch_size, action_dim)
+    actions = torch.rand(args.value_samples, *shape, generator=rng, device=rng.device) * 2 - 1
+    return actions, torch.randn(2 * args.particles, *shape, generator=rng, device=rng.device)
+
+
+def make_sql_update(agents: list[SQL], args: Args):
+    """Returns update(*batch, *noise, n=n) -> statistics (S, 8), named in LOSSES: a step of equations (4) and (7).
+
+    Of S agents at once, batch and noise with a leading axis S; n counts the updates (nothing here depends on it).
+    Also returns, by name, what an update changes besides the agents: the targets Q' and the optimisers.
+    """
+    agent = agents[0]  # for its structure; the parameters are in the rows of what follows
+    targets = [copy.deepcopy(each.qf).requires_grad_(False) for each in agents]
+    q_params, target_params = flatten_parameters([each.qf for each in agents]), flatten_parameters(targets)  # (S, P)
+    sampler_params = flatten_parameters([each.sampler for each in agents])  # (S, P')
     q_optimizer = torch.optim.Adam([q_params], lr=args.learning_rate, fused=True)
     sampler_optimizer = torch.optim.Adam([sampler_params], lr=args.learning_rate, fused=True)
-    q_leaves, sampler_leaves = list(agent.qf.parameters()), list(agent.sampler.parameters())
 
-    def update(batch: Batch, n: int) -> torch.Tensor:
-        with torch.no_grad():
-            shape = (args.value_samples, *batch.actions.shape)  # (M, B, D)
-            next_actions = torch.rand(shape, device=batch.obs.device) * 2 - 1  # (M, B, D)
-            next_q = target(batch.next_obs.expand(len(next_actions), -1, -1), next_actions).amin(-1)  # (M, B)
-            next_v = importance_sampled_value(next_q, agent.alpha, agent.action_dim)  # (B,)
-            y = batch.rewards + args.gamma * (1 - batch.terminations) * next_v  # (B,)
-        q = agent.q(batch.obs, batch.actions)  # (B, 2)
-        qf_loss = (q - y[:, None]).square().mean(0)  # (2,)
-        loss = qf_loss.mean()
+    def q_gradient(q_params, target_params, obs, actions, rewards, next_obs, terminations, next_actions):
+        next_obs = next_obs.expand(len(next_actions), *next_obs.shape)  # (M, B, O)
+        next_q = functional_call(agent.qf, unflatten(target_params, agent.qf), (next_obs, next_actions))  # (M, B, 2)
+        next_v = importance_sampled_value(next_q.amin(-1), agent.alpha, agent.action_dim)  # (B,)
+        y = rewards + args.gamma * (1 - terminations) * next_v  # (B,)
 
-        q_optimizer.zero_grad(set_to_none=False)
-        loss.backward(inputs=q_leaves)
+        def loss(params):
+            q = functional_call(agent.qf, params, (obs, actions))  # (B, 2)
+            qf_loss = (q - y[:, None]).square().mean(0)  # (2,)
+            return qf_loss.mean(), torch.cat([qf_loss.mean()[None], qf_loss, q.mean(0), y.mean()[None]])
+
+        grad, stats = gradient_of(loss, unflatten(q_params, agent.qf), args)  # (P,), (6,)
+        return grad, torch.cat([stats, grad.norm()[None]]).detach()
+
+    def sampler_gradient(sampler_params, q_params, obs, xi):
+        qf, sampler = unflatten(q_params, agent.qf), unflatten(sampler_params, agent.sampler)
+        fixed = particles(lambda x: functional_call(agent.sampler, sampler, x), obs, xi[: args.particles])  # (K, B, D)
+        grad_log_p = score(lambda *x: functional_call(agent.qf, qf, x), obs, fixed, agent.alpha)  # (K, B, D)
+
+        def loss(params):
+            updated = particles(lambda x: functional_call(agent.sampler, params, x), obs, xi[args.particles :])
+            phi = stein_direction(fixed, grad_log_p, updated.detach())  # (K, B, D)
+            return -(phi * updated).sum(-1).mean(), phi.norm(dim=-1).mean()  # its gradient moves u along phi
+
+        grad, stein_norm = gradient_of(loss, sampler, args)
+        return grad, stein_norm.detach()
+
+    q_gradient, sampler_gradient = (compiled(over_seeds(f, args), args) for f in (q_gradient, sampler_gradient))
+
+    @torch.no_grad()
+    def update(*batch_and_noise: torch.Tensor, n: int) -> torch.Tensor:
+        *batch, next_actions, xi = batch_and_noise
+        q_params.grad, stats = q_gradient(q_params, target_params, *batch, next_actions)
         q_optimizer.step()
-        xi = torch.randn(2 * args.particles, *batch.actions.shape, device=batch.obs.device)  # (2 K, B, D)
-        with torch.no_grad():
-            fixed = agent.particles(batch.obs, xi[: args.particles])  # (K, B, D)
-        updated = agent.particles(batch.obs, xi[args.particles :])  # (K, B, D)
-        phi = stein_direction(fixed, agent.score(batch.obs, fixed), updated.detach())  # (K, B, D)
-        sampler_optimizer.zero_grad(set_to_none=False)
-        updated.backward(-phi / phi[..., 0].numel(), inputs=sampler_leaves)
+        sampler_params.grad, stein_norm = sampler_gradient(sampler_params, q_params, batch[0], xi)
         sampler_optimizer.step()
         target_params.lerp_(q_params, args.tau)  # Q' <- Q' + tau (Q - Q')
-        stats = [loss, *qf_loss, *q.mean(0), y.mean(), q_params.grad.norm(), phi.norm(dim=-1).mean()]
-        return torch.stack(stats).detach()
+        return torch.cat([stats, stein_norm[:, None]], -1)
 
-    return update, dict(target=target, q_optimizer=q_optimizer, sampler_optimizer=sampler_optimizer)
-
-
-Agent, make_update = SQL, make_sql_update  # what the code from here on, the same in every script, calls
+    return update, dict(target=targets, q_optimizer=q_optimizer, sampler_optimizer=sampler_optimizer)
 
 
-@torch.random.fork_rng()  # sampled evaluations, too, leave the random numbers of training alone
+# What the code from here on, the same in every script, calls
+Agent, draw_noise, make_update = SQL, draw_sql_noise, make_sql_update
+
+
+@torch.random.fork_rng()
 @torch.no_grad()
 def evaluate(agent: Agent, envs: gym.vector.VectorEnv, deterministic: bool, device: torch.device):
     """One episode in each of `envs`, the same ones every time. Returns their returns (E,) and lengths (E,)."""
     obs, _ = envs.reset(seed=EVAL_SEED)
+    torch.manual_seed(EVAL_SEED)  # of sampled actions
     returns, lengths = np.zeros(envs.num_envs), np.zeros(envs.num_envs, dtype=np.int64)
     active = np.ones(envs.num_envs, dtype=bool)  # an environment that is done goes on, but no longer counts
     while active.any():
-        actions = agent.sample(torch.as_tensor(obs, dtype=torch.float32, device=device), deterministic)
+        actions = agent.sample(torch.as_tensor(obs, dtype=torch.get_default_dtype(), device=device), deterministic)
         obs, rewards, terminations, truncations, _ = envs.step(actions.cpu().numpy())
         returns += rewards * active
         lengths += active
@@ -504,22 +609,95 @@ def start_run(args: Args) -> tuple[Path, SummaryWriter]:
     return run_dir, writer
 
 
-def train(args: Args) -> Path:
-    """Train, evaluate, log and save. Returns the run's folder."""
+def choose_compile(args: Args) -> bool:
+    """--compile: whether to, and one line if that is not what the flag says or why auto leaves it."""
+    updates = int(args.utd * (args.total_timesteps - args.learning_starts))
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    why = ""
+    if args.compile == "auto" and updates < COMPILE_PAYS:
+        why = f"{updates} updates do not pay for it (--compile on to do it all the same)"
+    elif compiler is None:
+        why = "no C++ compiler is found (apt-get install g++, or name one in CXX)"
+    if why and args.compile != "off":
+        print(f"not compiled: {why}")
+    return args.compile != "off" and not why
+
+
+def seed_state(learner: dict, s: int) -> dict:
+    """What a checkpoint keeps of seed s beside its agent: the target's parameters and the state of the optimisers."""
+    state = {}
+    for name, part in learner.items():
+        if isinstance(part, torch.optim.Optimizer):
+            (moments,) = part.state.values() or ({},)  # one parameter (S, P); nothing before the first step
+            state[name] = {key: x[s].clone() if x.dim() else x for key, x in moments.items()}
+        else:
+            state[name] = {key: x.clone() for key, x in part[s].state_dict().items()}
+    return state
+
+
+def make_runs(args: Args) -> tuple[Callable, list[Generator]]:
+    """The update of --num-seeds agents at once, and the run of each, not begun. Raises UserError."""
     check_args(args)
-    torch.manual_seed(args.seed)  # the only global generator in use; environments have their own
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs to be deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), 4))  # more do not help nets of this size
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc would give freed tensors back to the system, ...
+        libc.mallopt(-1, 2**30), libc.mallopt(-3, 2**25)  # ... and fault their pages in anew at every update
     device = choose_device(args)
 
+    env = make_env(args.env_id)
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    args = dataclasses.replace(args, compile="on" if choose_compile(args) else "off")
+    seeds = [dataclasses.replace(args, seed=args.seed + s, num_seeds=1) for s in range(args.num_seeds)]
+    agents = []
+    for seed in seeds:
+        torch.manual_seed(seed.seed)
+        agents.append(Agent(obs_dim, action_dim, args).to(device))
+    update, learner = make_update(agents, args)
+    states = [functools.partial(seed_state, learner, s) for s in range(args.num_seeds)]
+    shown = [s == 0 for s in range(args.num_seeds)]
+    return update, [run_seed(*run, device) for run in zip(seeds, agents, states, shown, strict=True)]
+
+
+def advance(runs: list[Generator], stats: Sequence[torch.Tensor | None]) -> tuple[list[torch.Tensor], list[Path]]:
+    """Each run on to its next update: the inputs of all updates, with a leading axis S, or the folders at the end."""
+    inputs, folders = [], []
+    for run, row in zip(runs, stats, strict=True):
+        try:
+            inputs.append(run.send(row))
+        except StopIteration as end:
+            folders.append(end.value)
+    stacked = [torch.stack(x) if len(x) > 1 else x[0][None] for x in zip(*inputs, strict=True)]  # one is not copied
+    return stacked, folders
+
+
+def train(args: Args) -> list[Path]:
+    """Train, evaluate, log and save --num-seeds runs in lock step, their updates as one. Returns their folders."""
+    update, runs = make_runs(args)
+    inputs, folders = advance(runs, [None] * len(runs))  # sending None begins a generator
+    updates = 0
+    while not folders:
+        inputs, folders = advance(runs, update(*inputs, n=updates))
+        updates += 1
+    return folders
+
+
+def run_seed(
+    args: Args, agent: Agent, learner_state: Callable[[], dict], show: bool, device: torch.device
+) -> Generator[tuple[torch.Tensor, ...], torch.Tensor, Path]:
+    """The run of one seed. Yields the batch and the noise of each update, is sent its statistics (L,) when it is done.
+
+    Returns the run's folder. Whoever drives it changes the parameters of `agent`; learner_state() is the rest of
+    what a checkpoint keeps. The progress bar is drawn if `show`.
+    """
+    rng = torch.Generator(device).manual_seed(args.seed)  # of everything that training draws
     envs = make_envs(args.env_id, args.num_envs)
     eval_envs = make_envs(args.env_id, args.eval_episodes)
-    obs_dim, action_dim = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
+    obs_dim, action_dim = agent.obs_dim, agent.action_dim
     buffer = ReplayBuffer(args.buffer_size, args.num_envs, obs_dim, action_dim, device)
-
-    agent = Agent(obs_dim, action_dim, args).to(device)
-    update, learner = make_update(agent, args)
+    act = compiled(agent.act, args)
 
     run_dir, writer = start_run(args)
     if args.capture_video:
@@ -530,8 +708,8 @@ def train(args: Args) -> Path:
         writer.flush()
         facts = dict(algorithm=Path(__file__).stem, args=dataclasses.asdict(args), obs_dim=obs_dim)
         facts |= dict(action_dim=action_dim, global_step=global_step, best_return=best_return)
-        state = {k: v.state_dict() for k, v in dict(agent=agent, **learner).items()}
-        save_checkpoint(run_dir / name, facts | state)
+        agent_state = {name: x.clone() for name, x in agent.state_dict().items()}
+        save_checkpoint(run_dir / name, facts | dict(agent=agent_state) | learner_state())
 
     def check_losses() -> torch.Tensor:
         """Statistics of the updates since the last log, (updates, L). Stops the run if one is not finite."""
@@ -545,25 +723,32 @@ def train(args: Args) -> Path:
         save("failed.pt")
         raise FloatingPointError(f"{message}. The state at step {global_step} is in {run_dir}/failed.pt")
 
-    global_step, updates, updates_due = 0, 0, 0.0
+    global_step, updates_due = 0, 0.0
     save("checkpoint.pt")  # from here on, a run that is killed leaves a file that loads
     stats = []  # (global_step, statistics (L,)) of the updates since the last log
     start_time = time.time()
     obs, _ = envs.reset(seed=args.seed)
+    obs_tensor = torch.as_tensor(obs).to(buffer.rows)  # (N, O)
     interval = 0.5 if sys.stderr.isatty() else 30.0  # seconds; a log file needs fewer lines
-    bar = tqdm(total=args.total_timesteps, unit="step", mininterval=interval, maxinterval=interval)
+    bar = tqdm(total=args.total_timesteps, unit="step", mininterval=interval, maxinterval=interval, disable=not show)
     while global_step < args.total_timesteps:
-        obs_tensor = torch.as_tensor(obs, dtype=torch.float32, device=device)  # (N, O)
         if global_step < args.learning_starts:
-            actions = torch.rand(args.num_envs, action_dim, device=device) * 2 - 1  # (N, D)
+            actions = torch.rand(args.num_envs, action_dim, generator=rng, device=device) * 2 - 1  # (N, D)
         else:
-            with torch.inference_mode():
-                actions = agent.sample(obs_tensor)
+            with torch.no_grad():
+                actions = act(obs_tensor, agent.act_noise(args.num_envs, rng))
         env_actions = actions.cpu().numpy()
         if not np.isfinite(env_actions).all():  # never reaches the task
             if stats:
                 check_losses()
             stop(f"the actions are not finite at step {global_step}, for the observations {obs}")
+
+        # The updates of the steps so far come before this step, which a GPU then computes while the task simulates
+        updates_due += args.num_envs * args.utd * (global_step >= args.learning_starts)
+        while updates_due >= 1:
+            updates_due -= 1
+            batch, noise = buffer.sample(args.batch_size, rng), draw_noise(action_dim, args, rng)
+            stats.append((global_step, (yield *batch, *noise)))
         next_obs, rewards, terminations, truncations, infos = envs.step(env_actions)
         global_step += args.num_envs
         bar.update(args.num_envs)
@@ -575,22 +760,18 @@ def train(args: Args) -> Path:
             episodic_return = float(infos["final_info"]["episode"]["r"][i])
             writer.add_scalar("charts/episodic_return", episodic_return, global_step)
             writer.add_scalar("charts/episodic_length", float(infos["final_info"]["episode"]["l"][i]), global_step)
-        buffer.add(obs_tensor, actions, rewards, last_obs, terminations)
-        obs = next_obs
-
-        if global_step > args.learning_starts:
-            updates_due += args.num_envs * args.utd
-            while updates_due >= 1:
-                updates_due -= 1
-                stats.append((global_step, update(buffer.sample(args.batch_size), updates)))
-                updates += 1
+        columns = (obs, env_actions, rewards[:, None], last_obs, terminations[:, None], next_obs)
+        step = torch.from_numpy(np.concatenate(columns, 1, dtype=np.float32)).to(buffer.rows)  # one transfer
+        buffer.add(step[:, :-obs_dim])
+        obs, obs_tensor = next_obs, step[:, -obs_dim:]
 
         eval_due = global_step % args.eval_frequency < args.num_envs or global_step >= args.total_timesteps
         if stats and (eval_due or global_step % 100 < args.num_envs):
             for name, value in zip(LOSSES, check_losses().mean(0).tolist(), strict=True):
                 writer.add_scalar(f"losses/{name}", value, global_step)
             stats.clear()
-            for name, value in agent.statistics(buffer.sample(args.batch_size).obs).items():
+            torch.manual_seed(global_step)  # of what statistics samples; training draws from rng
+            for name, value in agent.statistics(buffer.sample(args.batch_size, rng).obs).items():
                 writer.add_scalar(f"policy/{name}", value.item(), global_step)
             sps = global_step / (time.time() - start_time)
             writer.add_scalar("charts/SPS", sps, global_step)

@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import json
 import re
+import shlex
 from pathlib import Path
 
 import tyro
@@ -33,12 +34,14 @@ def curve(run: Path) -> list[dict]:
     events = EventAccumulator(str(run)).Reload()
     facts = json.loads((run / "args.json").read_text())
     speeds = events.Scalars("charts/SPS")
+    script, *flags = shlex.split(facts["command"])
+    command = shlex.join([Path(script).name, *flags])  # wherever the script lay
     rows = []
     for event in events.Scalars("eval/episodic_return"):
         sps = next((s.value for s in reversed(speeds) if s.step <= event.step), float("nan"))
         about = dict(seed=facts["args"]["seed"], commit=facts["commit"], machine=facts["machine"])
         row = {"step": event.step, "return": round(event.value, 2), "SPS": round(sps, 1)}
-        rows.append(row | about | {"command": facts["command"]})
+        rows.append(row | about | {"command": command})
     return rows
 
 

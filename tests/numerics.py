@@ -1,4 +1,4 @@
-"""Quadrature over the action box, and random transitions, for the tests of the densities and the updates."""
+"""Quadrature over the action box, random transitions and updates of one agent, for the tests of the mathematics."""
 
 import torch
 
@@ -22,3 +22,9 @@ def random_batch(n: int, obs_dim: int, action_dim: int) -> tuple[torch.Tensor, .
     obs, next_obs = torch.randn(2, n, obs_dim, dtype=torch.float64)
     actions = torch.rand(n, action_dim, dtype=torch.float64) * 2 - 1
     return (obs, actions, torch.randn(n).double(), next_obs, (torch.rand(n) < 0.3).double())
+
+
+def update_of(module, agent, args):
+    """A script's update of one agent as update(batch, noise, n) -> statistics (L,), and the target that it moves."""
+    update, learner = module.make_update([agent], args)
+    return lambda batch, noise, n: update(*(x[None] for x in (*batch, *noise)), n=n)[0], learner["target"][0]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import meow_continuous_action as meow
-from numerics import action_grid, over_grid, random_batch
+from numerics import action_grid, over_grid, random_batch, update_of
 
 COUPLINGS = ("additive", "affine")
 
@@ -147,7 +147,7 @@ def test_saturated_actions_are_finite(coupling, value):
 def test_value_needs_neither_couplings_nor_actions():
     """The target holds the sigma-net and the two shift nets alone, and V does not move with the couplings."""
     agent = random_agent(11, 3)
-    target = meow.make_update(agent, meow.Args())[1]["target"]
+    target = meow.make_update([agent], meow.Args())[1]["target"][0]
     names = {name.split(".")[0] for name, _ in target.named_parameters()}
     assert names == {"sigma_net", "shift_nets"} and len(target.shift_nets) == 2
     obs = torch.randn(8, 11, dtype=torch.float64)
@@ -165,10 +165,10 @@ def test_update_against_plain_pytorch(clipped):
     agent = random_agent(6, 2)
     reference, reference_target = copy.deepcopy(agent), copy.deepcopy(agent)
     optimizer = torch.optim.Adam(reference.parameters(), lr=args.learning_rate)
-    update, learner = meow.make_update(agent, args)
+    update, target = update_of(meow, agent, args)
     for n in range(5):
         batch = meow.Batch(*random_batch(32, 6, 2))
-        stats = update(batch, n)
+        stats = update(batch, (torch.zeros(4, 2, 32, 0, dtype=torch.int32),), n)
         with torch.no_grad():
             v = reference_target.v(batch.next_obs)
             v = torch.minimum(v[:, 0], v[:, 1]) if clipped else (v[:, 0] + v[:, 1]) / 2
@@ -188,7 +188,7 @@ def test_update_against_plain_pytorch(clipped):
         torch.testing.assert_close(stats[3:], torch.stack([*q.mean(0), y.mean(), norm]).detach())
     for p, p_reference in zip(agent.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p, p_reference, rtol=1e-9, atol=1e-12)
-    for p, p_reference in zip(learner["target"].parameters(), reference_target.value.parameters(), strict=True):
+    for p, p_reference in zip(target.parameters(), reference_target.value.parameters(), strict=True):
         torch.testing.assert_close(p, p_reference, rtol=1e-9, atol=1e-12)
 
 
@@ -210,16 +210,21 @@ def test_gradient_against_finite_differences():
 
 def test_dropout_masks():
     """The right share of zeros, the mean kept, fresh at every call, no masks at p = 0; the loss alone uses them."""
-    device = torch.device("cpu")
-    masks = meow.dropout_masks(256, 0.1, device)
+    rng = torch.Generator().manual_seed(0)
+
+    def draw(p):
+        return meow.dropout_masks(*meow.draw_noise(2, meow.Args(dropout=p), rng), p, torch.float32)
+
+    masks = draw(0.1)
     assert masks.shape == (4, 2, 256, 64)
     assert set(masks.unique().tolist()) == {0.0, torch.tensor(1 / 0.9).item()}
     share = (masks == 0).double().mean().item()
     assert abs(share - 0.1) < 4 * (0.1 * 0.9 / masks.numel()) ** 0.5
-    neighbours = ((masks[..., 1:] == 0) & (masks[..., :-1] == 0)).double().mean().item()
-    assert abs(neighbours - 0.01) < 0.001  # independent within a 64-bit draw
-    assert not torch.equal(masks, meow.dropout_masks(256, 0.1, device))
-    assert meow.dropout_masks(256, 0.0, device) is None
+    for k in (1, 2, 32):  # independent of the other elements of a 64-bit draw, which are 1, 32 and 33 apart
+        both = ((masks[..., k:] == 0) & (masks[..., :-k] == 0)).double().mean().item()
+        assert abs(both - 0.01) < 0.001
+    assert abs((draw(0.1) * draw(0.1)).mean() - 1) < 0.01  # fresh ones are independent
+    assert not torch.equal(masks, draw(0.1)) and draw(0.0) is None
 
     agent = random_agent(6, 2).float()
     obs, action = torch.randn(256, 6), torch.rand(256, 2) * 2 - 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sac_continuous_action as sac
-from numerics import action_grid, over_grid, random_batch
+from numerics import action_grid, over_grid, random_batch, update_of
 
 
 def random_agent(obs_dim: int, action_dim: int, seed: int = 0, **flags) -> sac.SAC:
@@ -17,8 +17,8 @@ def random_agent(obs_dim: int, action_dim: int, seed: int = 0, **flags) -> sac.S
         for name, p in agent.named_parameters():
             if name != "log_alpha":
                 p.normal_(0, 1 / max(p.shape[-1] if p.dim() > 1 else 4, 4) ** 0.5)
-        agent.actor[-1].weight.mul_(0.5)
-        agent.actor[-1].bias[action_dim:] = 0.2  # log sigma about -0.8
+        agent.actor.net[-1].weight.mul_(0.5)
+        agent.actor.net[-1].bias[action_dim:] = 0.2  # log sigma about -0.8
     return agent
 
 
@@ -42,7 +42,7 @@ def test_log_prob_jacobian(action_dim):
     torch.testing.assert_close(agent.sample(obs), action)
     torch.manual_seed(1)
     noise = torch.randn(16, action_dim, dtype=torch.float64)
-    output = agent.actor(obs)
+    output = agent.actor.net(obs)
     mean, std = output[:, :action_dim], (3.5 * (output[:, action_dim:].tanh() + 1) - 5).exp()
     jacobian = torch.func.vmap(torch.func.jacrev(lambda u, m, s: torch.tanh(m + s * u)))(noise, mean, std)
     expected = torch.distributions.Normal(0, 1).log_prob(noise).sum(-1) - torch.linalg.slogdet(jacobian).logabsdet
@@ -55,7 +55,7 @@ def test_log_prob_jacobian(action_dim):
 def test_log_sigma_is_bounded_and_the_deterministic_action_is_the_mean():
     agent = random_agent(5, 3)
     obs = 100 * torch.randn(64, 5, dtype=torch.float64)
-    mean, log_std = agent.gaussian(obs)
+    mean, log_std = agent.actor.gaussian(obs)
     assert log_std.min() >= -5 and log_std.max() <= 2
     assert torch.equal(agent.sample(obs, deterministic=True), mean.tanh())
 
@@ -115,22 +115,21 @@ def test_update_against_plain_pytorch(autotune, shift):
     q_optimizer = torch.optim.Adam(reference.qf.parameters(), lr=args.q_lr)
     actor_optimizer = torch.optim.Adam(reference.actor.parameters(), lr=args.policy_lr)
     alpha_optimizer = torch.optim.Adam([reference.log_alpha], lr=args.q_lr)
-    update, learner = sac.make_update(agent, args)
+    update, updated_target = update_of(sac, agent, args)
 
-    def sample(obs):
-        mean, output = reference.actor(obs).chunk(2, -1)
+    def sample(obs, noise):
+        mean, output = reference.actor.net(obs).chunk(2, -1)
         normal = torch.distributions.Normal(mean, (3.5 * (output.tanh() + 1) - 5).exp())
-        u = mean + normal.stddev * torch.randn_like(mean)
+        u = mean + normal.stddev * noise
         return u.tanh(), (normal.log_prob(u) - (1 - u.tanh() ** 2).log()).sum(-1)
 
     for n in range(5):
         batch = sac.Batch(*random_batch(32, 6, 2))
-        torch.manual_seed(n)
-        stats = update(batch, n)
-        torch.manual_seed(n)
+        noise = torch.randn(3, 32, 2, dtype=torch.float64)  # for the next actions and two steps of the actor
+        stats = update(batch, (noise,), n)
         alpha = reference.log_alpha.exp().item()
         with torch.no_grad():
-            next_action, log_prob = sample(batch.next_obs)
+            next_action, log_prob = sample(batch.next_obs, noise[0])
             q1, q2 = target(batch.next_obs, next_action).unbind(-1)
             next_v = torch.minimum(q1, q2) - alpha * log_prob
             y = torch.where(batch.terminations == 1, batch.rewards, batch.rewards + 0.9 * next_v)
@@ -140,8 +139,8 @@ def test_update_against_plain_pytorch(autotune, shift):
         loss.backward()
         norm = torch.cat([p.grad.flatten() for p in reference.qf.parameters()]).norm()
         q_optimizer.step()
-        for _ in range(2 if n % 2 == 0 else 0):
-            action, log_prob = sample(batch.obs)
+        for k in range(2 if n % 2 == 0 else 0):
+            action, log_prob = sample(batch.obs, noise[1 + k])
             q1, q2 = reference.q(batch.obs, action).unbind(-1)
             actor_loss = (alpha * log_prob - torch.minimum(q1, q2)).mean()
             actor_optimizer.zero_grad()
@@ -163,7 +162,7 @@ def test_update_against_plain_pytorch(autotune, shift):
     assert (abs(agent.log_alpha.exp().item() - 0.3) > 1e-4) == autotune
     for p, p_reference in zip(agent.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p, p_reference, rtol=1e-8, atol=1e-11)
-    for p, p_reference in zip(learner["target"].parameters(), target.parameters(), strict=True):
+    for p, p_reference in zip(updated_target.parameters(), target.parameters(), strict=True):
         torch.testing.assert_close(p, p_reference, rtol=1e-8, atol=1e-11)
 
 
@@ -173,11 +172,12 @@ def test_automatic_alpha_moves_the_entropy_to_its_target(start):
     torch.manual_seed(0)
     args = sac.Args(alpha=start, q_lr=1e-2, policy_lr=1e-3)
     agent = sac.SAC(1, 2, args)
-    update, _ = sac.make_update(agent, args)
+    update, _ = update_of(sac, agent, args)
     one = torch.ones(128)
     for n in range(1200):
         actions = torch.rand(128, 2) * 2 - 1
-        update(sac.Batch(one[:, None], actions, -20 * (actions - 0.3).square().sum(-1), one[:, None], one), n)
+        batch = sac.Batch(one[:, None], actions, -20 * (actions - 0.3).square().sum(-1), one[:, None], one)
+        update(batch, (torch.randn(3, 128, 2),), n)
     entropy = -agent.sample_with_log_prob(torch.ones(4096, 1))[1].mean().item()
     assert entropy == pytest.approx(-2.0, abs=0.35)
     mean = agent.sample(torch.ones(1, 1), deterministic=True)

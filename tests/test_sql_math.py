@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sql_continuous_action as sql
-from numerics import action_grid, random_batch
+from numerics import action_grid, random_batch, update_of
 
 
 class KnownQ(torch.nn.Module):
@@ -30,9 +30,9 @@ def train_sampler(function, action_dim: int, steps: int = 3000, batch: int = 8) 
     obs = torch.zeros(batch, 1)
     for _ in range(steps):
         with torch.no_grad():
-            fixed = agent.particles(obs, torch.randn(16, batch, action_dim))
-        updated = agent.particles(obs, torch.randn(16, batch, action_dim))
-        phi = sql.stein_direction(fixed, agent.score(obs, fixed), updated.detach())
+            fixed = sql.particles(agent.sampler, obs, torch.randn(16, batch, action_dim))
+        updated = sql.particles(agent.sampler, obs, torch.randn(16, batch, action_dim))
+        phi = sql.stein_direction(fixed, sql.score(agent.qf, obs, fixed, 1.0), updated.detach())
         optimizer.zero_grad()
         updated.backward(-phi / phi[..., 0].numel())
         optimizer.step()
@@ -97,12 +97,12 @@ def test_score_against_finite_differences():
         q = agent.q(obs.expand(5, -1, -1), u.tanh())
         return torch.minimum(q[..., 0], q[..., 1]) / 0.5 + (1 - u.tanh() ** 2).log().sum(-1)
 
-    score = agent.score(obs, u)
+    score = sql.score(agent.qf, obs, u, 0.5)
     for d in range(2):
         step = torch.zeros(2, dtype=torch.float64)
         step[d] = 1e-6
         torch.testing.assert_close(score[..., d], (log_p(u + step) - log_p(u - step)) / 2e-6, rtol=1e-4, atol=1e-6)
-    assert agent.score(obs, torch.full_like(u, 50.0)).isfinite().all()
+    assert sql.score(agent.qf, obs, torch.full_like(u, 50.0), 0.5).isfinite().all()
 
 
 @pytest.mark.parametrize("action_dim, n", [(1, 4001), (2, 401)])
@@ -155,16 +155,14 @@ def test_update_against_plain_pytorch():
     reference, target = copy.deepcopy(agent), copy.deepcopy(agent.qf)
     q_optimizer = torch.optim.Adam(reference.qf.parameters(), lr=args.learning_rate)
     sampler_optimizer = torch.optim.Adam(reference.sampler.parameters(), lr=args.learning_rate)
-    update, learner = sql.make_update(agent, args)
+    update, updated_target = update_of(sql, agent, args)
     torch.set_default_dtype(torch.float64)
     try:
         for n in range(5):
             batch = sql.Batch(*random_batch(32, 6, 2))
-            torch.manual_seed(n)
-            stats = update(batch, n)
-            torch.manual_seed(n)
+            actions, xis = torch.rand(5, 32, 2) * 2 - 1, torch.randn(8, 32, 2)
+            stats = update(batch, (actions, xis), n)
             with torch.no_grad():
-                actions = torch.rand(5, 32, 2) * 2 - 1
                 q = torch.stack([target(batch.next_obs, a).min(-1).values for a in actions])  # (5, B)
                 next_v = 0.3 * ((q / 0.3).exp().mean(0).log() + 2 * np.log(2))
                 y = torch.where(batch.terminations == 1, batch.rewards, batch.rewards + 0.9 * next_v)
@@ -174,9 +172,9 @@ def test_update_against_plain_pytorch():
             loss.backward()
             norm = torch.cat([p.grad.flatten() for p in reference.qf.parameters()]).norm()
             q_optimizer.step()
-            u = torch.stack([reference.sampler(torch.cat([batch.obs, xi], -1)) for xi in torch.randn(8, 32, 2)])
+            u = torch.stack([reference.sampler(torch.cat([batch.obs, xi], -1)) for xi in xis])
             fixed, updated = u[:4].detach(), u[4:]
-            phi = sql.stein_direction(fixed, reference.score(batch.obs, fixed), updated.detach())
+            phi = sql.stein_direction(fixed, sql.score(reference.qf, batch.obs, fixed, 0.3), updated.detach())
             sampler_optimizer.zero_grad()
             (-(phi * updated).sum(-1).mean()).backward()
             sampler_optimizer.step()
@@ -190,5 +188,5 @@ def test_update_against_plain_pytorch():
         torch.set_default_dtype(torch.float32)
     for p, p_reference in zip(agent.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p, p_reference, rtol=1e-8, atol=1e-11)
-    for p, p_reference in zip(learner["target"].parameters(), target.parameters(), strict=True):
+    for p, p_reference in zip(updated_target.parameters(), target.parameters(), strict=True):
         torch.testing.assert_close(p, p_reference, rtol=1e-8, atol=1e-11)
