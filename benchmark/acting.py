@@ -1,0 +1,77 @@
+"""Time of choosing one action: S2AC's variants, SQL and SAC, beside the paper's relative times.
+
+    python -m benchmark.acting
+
+One state, no GPU, one thread, not compiled; agents as they are initialised, each with its MuJoCo preset. `draw` is
+agent.sample(obs), `evaluation` agent.sample(obs, deterministic=True). Batches of calls of all agents are interleaved,
+so that a machine that changes its pace does so for all; of each the best batch counts. Relative times are to SAC's.
+"""
+
+import dataclasses
+import os
+import platform
+import time
+
+import torch
+import tyro
+
+import s2ac_continuous_action as s2ac
+import sac_continuous_action as sac
+import sql_continuous_action as sql
+
+SIZES = {"Hopper-v4": (11, 3), "HalfCheetah-v4": (17, 6), "Ant-v4": (27, 8)}  # (O, D)
+PAPER = {"SAC": "1", "SQL": "1.15", "S2AC phi-theta": "4.5 (D = 3) to 8.4 (D = 8)", "S2AC phi-theta-psi": "1.15"}
+
+
+@dataclasses.dataclass
+class Args:
+    env_ids: tuple[str, ...] = tuple(SIZES)
+    """tasks whose sizes and presets are used"""
+    calls: int = 100
+    """calls in a batch"""
+    repeats: int = 20
+    """batches of each agent"""
+
+
+def agents(env_id: str) -> dict[str, torch.nn.Module]:
+    """By name, one of each algorithm and variant."""
+    found = {"SAC": sac.SAC(*SIZES[env_id], sac.parse_args(["--env-id", env_id]))}
+    found["SQL"] = sql.SQL(*SIZES[env_id], sql.parse_args(["--env-id", env_id]))
+    for variant in ("phi", "phi-theta", "phi-theta-psi"):
+        flags = s2ac.parse_args(["--env-id", env_id, "--variant", variant])
+        found[f"S2AC {variant}"] = s2ac.S2AC(*SIZES[env_id], flags)
+    return found
+
+
+@torch.inference_mode()
+def milliseconds(found: dict[str, torch.nn.Module], obs: torch.Tensor, args: Args) -> dict[tuple[str, bool], float]:
+    """Best batch of each agent, by name and whether deterministic, in ms a call; the first round warms up."""
+    times = {(name, deterministic): [] for name in found for deterministic in (False, True)}
+    for _ in range(args.repeats + 1):
+        for (name, deterministic), batches in times.items():
+            start = time.perf_counter()
+            for _ in range(args.calls):
+                found[name].sample(obs, deterministic)
+            batches.append((time.perf_counter() - start) / args.calls * 1e3)
+    return {key: min(batches[1:]) for key, batches in times.items()}
+
+
+def main(args: Args) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    print(f"1 of {os.cpu_count()} threads, torch {torch.__version__}, {platform.machine()}\n")
+    print("| task | algorithm | draw, ms | relative | evaluation, ms | relative | in the paper |")
+    print("|" + "---|" * 7)
+    for env_id in args.env_ids:
+        found = agents(env_id)
+        times = milliseconds(found, torch.randn(1, SIZES[env_id][0]), args)
+        for name in found:
+            cells = []
+            for deterministic in (False, True):
+                best = times[name, deterministic]
+                cells += [f"{best:.3f}", f"{best / times['SAC', deterministic]:.2f}"]
+            print(f"| {env_id} | {name} | {' | '.join(cells)} | {PAPER.get(name, '')} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
