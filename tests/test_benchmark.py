@@ -1,7 +1,6 @@
 """The measuring commands run as documented, and the committed results have what the README quotes."""
 
 import csv
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ COLUMNS = ["step", "return", "SPS", "seed", "commit", "machine", "command"]
 def test_export_of_a_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = dict(total_timesteps=120, learning_starts=50, batch_size=32, eval_frequency=60, eval_episodes=1)
-    run_dir = meow.train(meow.Args(env_id="Hopper-v4", buffer_size=1000, seed=3, **flags))
+    (run_dir,) = meow.train(meow.Args(env_id="Hopper-v4", buffer_size=1000, seed=3, **flags))
     export.main(export.Args([run_dir], tmp_path / "new" / "curve.csv", tmp_path / "curve.png"))
     with open(tmp_path / "new" / "curve.csv", newline="") as f:
         rows = list(csv.DictReader(f))
@@ -33,13 +32,6 @@ def test_export_of_a_run(tmp_path, monkeypatch):
 def test_paper_curve():
     curve = dict(export.reference("Hopper-v5"))
     assert curve[30_000] == 327.8 and len(curve) == 50
-
-
-def test_speed_command():
-    command = [sys.executable, "-m", "benchmark.speed", "--repeats", "1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"update: best [\d.]+ ms, median [\d.]+ ms\nact: best [\d.]+ ms", done.stdout)
 
 
 def results(pattern: str) -> dict[str, list[dict]]:
@@ -114,7 +106,7 @@ def test_estimation_command(tmp_path, monkeypatch):
     """On an untrained agent: MEow's own policy has no error, SQL's bias is negative and shrinks, SAC's is negative."""
     monkeypatch.chdir(tmp_path)
     flags = dict(total_timesteps=200, learning_starts=100, batch_size=32, eval_frequency=1000, eval_episodes=1)
-    run_dir = meow.train(meow.Args(env_id="Pendulum-v1", buffer_size=1000, alpha=0.5, **flags))
+    (run_dir,) = meow.train(meow.Args(env_id="Pendulum-v1", buffer_size=1000, alpha=0.5, **flags))
     paths = dict(csv=tmp_path / "new" / "e.csv", png=tmp_path / "e.png")
     estimation.main(
         estimation.Args(run_dir / "checkpoint.pt", **paths, states=2, repeats=8, initial_repeats=16, actor_steps=50)

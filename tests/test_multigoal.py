@@ -160,13 +160,13 @@ def draw(*flags, cwd) -> subprocess.CompletedProcess:
 def test_picture_of_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = dict(total_timesteps=240, learning_starts=104, batch_size=32, num_envs=8, eval_frequency=1000, alpha=10.0)
-    run_dir = meow.train(meow.Args(env_id=THREE, gamma=0.8, **flags))
+    (run_dir,) = meow.train(meow.Args(env_id=THREE, gamma=0.8, **flags))
     done = draw("--checkpoint", run_dir / "checkpoint.pt", "--episodes", 40, "--obstacle", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "of 40" in done.stdout and "wall hit by" in done.stdout and "RMSE of V against V*" in done.stdout
     assert "optimum -74.8" in done.stdout
     assert (run_dir / "multigoal.png").stat().st_size > 20_000
-    other = meow.train(meow.Args(env_id="Pendulum-v1", exp_name="other", **flags))
+    (other,) = meow.train(meow.Args(env_id="Pendulum-v1", exp_name="other", **flags))
     for path, message in (
         (other / "checkpoint.pt", "was trained on Pendulum-v1; expected one of multigoal:MultiGoal-v0"),
         ("absent.pt", "absent.pt: no such checkpoint"),
