@@ -33,7 +33,7 @@ import torch
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"MEow": "meow", "SAC": "sac", "SQL": "sql"}
+SCRIPTS = {"MEow": "meow", "SAC": "sac", "SQL": "sql", "S2AC": "s2ac"}
 LIBRARIES = {"SB3 SAC": "stable_baselines3", "SBX SAC": "sbx"}
 PARTS = ("update_ms", "act_ms", "loop_sps")
 WARM_UP = 1_000  # random steps before the first update
