@@ -22,11 +22,14 @@ one pass of the flow serves both heads. With affine couplings their log-determin
 it is part of Q, and (3) and (4) stay as they are.
 """
 
+import collections
 import copy
 import ctypes
 import dataclasses
 import functools
+import hashlib
 import importlib
+import io
 import json
 import math
 import os
@@ -34,6 +37,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -78,10 +82,16 @@ class Args:
     """write an mp4 of one episode at every evaluation, under the run's videos/"""
     evaluate: str | None = None
     """path of a checkpoint: replay its policy, print the returns and exit"""
+    resume: str | None = None
+    """folder of a run that was stopped or killed: go on with it, in place and with its flags"""
+    debug: bool = False
+    """show the traceback of an error"""
     total_timesteps: int = 1_000_000
     """environment steps, summed over the environments"""
     num_envs: int = 1
     """environments stepped side by side"""
+    async_envs: bool = False
+    """step each of them in a process of its own"""
     utd: float = 1.0
     """gradient updates per environment step"""
     buffer_size: int = 1_000_000
@@ -94,8 +104,12 @@ class Args:
     """discount factor"""
     tau: float = 0.005
     """Polyak step of the target"""
+    checkpoint_frequency: int = 10_000
+    """environment steps between checkpoints; there is one at the end and at a stop, too"""
+    checkpoint_minutes: float = 10.0
+    """minutes after which a checkpoint is due in any case"""
     eval_frequency: int = 10_000
-    """environment steps between evaluations; the checkpoint is saved then, too"""
+    """environment steps between evaluations"""
     eval_episodes: int = 10
     """episodes of an evaluation; their seeds are the same every time"""
     deterministic_eval: bool = True
@@ -145,24 +159,46 @@ EVAL_SEED = 10_000  # evaluation episodes start from seeds 10000, 10001, ..., wh
 COMPILE_PAYS = 20_000  # updates from which on compiling, about a minute without a cache, saves more than it costs
 
 
+# What --resume lets a flag change: nothing that would make it another run
+MAY_CHANGE = {"resume", "debug", "device", "compile", "track", "wandb_project_name", "wandb_entity", "capture_video"}
+MAY_CHANGE |= {"async_envs", "checkpoint_frequency", "checkpoint_minutes"}
+
+
 class UserError(Exception):
-    """Something that the user can put right; printed as one line, without a traceback."""
+    """Something that the user can put right; printed as one line, exit code 2."""
+
+
+class RunError(Exception):
+    """A run that cannot go on, whose state is saved; printed as one line, exit code 1."""
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Command line -> Args. Flags given win over the preset of --env-id, or over the args of --evaluate's file."""
+    """Command line -> Args. Flags given win over the preset of --env-id, or over the args of --evaluate's file.
+
+    With --resume the args are those of the run. Raises UserError if a flag that makes the run what it is differs.
+    """
     argv = sys.argv[1:] if argv is None else argv
     first = tyro.cli(Args, args=[a for a in argv if a not in ("-h", "--help")])
     if first.evaluate is not None:
         preset = load_checkpoint(first.evaluate)["args"] | dict(device="auto", track=False, capture_video=False)
+    elif first.resume is not None:
+        preset = latest_checkpoint(first.resume)[0]["args"]
     else:
         preset = PRESETS.get(re.sub(r"-v5$", "-v4", first.env_id), {})
-    return tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **preset))
+    args = tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **preset))
+    for name in preset.keys() - MAY_CHANGE if first.resume is not None else ():
+        if getattr(args, name) != preset[name]:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{flag} {getattr(args, name)}: expected {preset[name]}, as in {first.resume}; leave it out"
+            )
+    return args
 
 
 def check_args(args: Args) -> None:
     """Raise UserError, naming the flag, its value and its range, before anything is built."""
     positive = ("total_timesteps", "num_seeds", "num_envs", "utd", "batch_size", "eval_frequency", "eval_episodes")
+    positive += ("checkpoint_frequency", "checkpoint_minutes")
     ranges = {name: (0 < getattr(args, name) < math.inf, "above 0 and finite") for name in positive + OWN_POSITIVE}
     ranges |= {name: (0 <= getattr(args, name) <= 1, "in [0, 1]") for name in ("gamma", "tau")}
     ranges["seed"] = (0 <= args.seed <= 2**32 - args.num_seeds, "seeds in [0, 2^32)")
@@ -170,10 +206,25 @@ def check_args(args: Args) -> None:
     ranges |= {name: (holds(args), expected) for name, (holds, expected) in OWN_RANGES.items()}
     ranges["learning_starts"] = (args.learning_starts >= args.num_envs, "at least --num-envs")
     ranges["buffer_size"] = (args.buffer_size >= max(args.batch_size, args.num_envs), "at least --batch-size")
+    ranges["evaluate"] = (not (args.evaluate and args.resume), "no --resume beside it")
     ranges["device"] = (args.device != "cuda" or torch.cuda.is_available(), "cpu: torch sees no CUDA device")
     for name, (ok, expected) in ranges.items():
         if not ok:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: expected {expected}")
+
+
+class EpisodeStart(gym.Wrapper):
+    """Keeps the state of the random generator from which the episode was drawn, for --resume to draw it again."""
+
+    rng_state: dict | None = None  # numpy's bit_generator.state
+    again: dict | None = None  # of the episode that the next reset is to draw again
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        if self.again is not None:
+            self.unwrapped.np_random.bit_generator.state, self.again = self.again, None
+        rng = self.unwrapped.np_random if seed is None else gym.utils.seeding.np_random(seed)[0]
+        self.rng_state = getattr(getattr(rng, "bit_generator", None), "state", None)  # dm_control's has none
+        return self.env.reset(seed=seed, options=options)
 
 
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
@@ -202,13 +253,20 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     if problem:
         raise UserError(f"--env-id {env_id}: {problem}")
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-    return gym.wrappers.RecordEpisodeStatistics(env)
+    return gym.wrappers.RecordEpisodeStatistics(EpisodeStart(env))
 
 
-def make_envs(env_id: str, num_envs: int) -> gym.vector.VectorEnv:
+def make_envs(env_id: str, num_envs: int, in_processes: bool = False) -> gym.vector.VectorEnv:
     """`num_envs` environments that reset within the step that ends an episode, the last observation in infos."""
-    mode = gym.vector.AutoresetMode.SAME_STEP
-    return gym.vector.SyncVectorEnv([lambda: make_env(env_id)] * num_envs, autoreset_mode=mode)
+    makers, mode = [lambda: make_env(env_id)] * num_envs, gym.vector.AutoresetMode.SAME_STEP
+    if not in_processes:
+        return gym.vector.SyncVectorEnv(makers, autoreset_mode=mode)
+    # Inherited by the processes: Ctrl-C, which a terminal sends to all of them, is for this one alone to act on
+    handlers = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        return gym.vector.AsyncVectorEnv(makers, autoreset_mode=mode)
+    finally:
+        signal.signal(signal.SIGINT, handlers[0]), signal.signal(signal.SIGTERM, handlers[1])
 
 
 class Batch(NamedTuple):
@@ -223,12 +281,13 @@ class ReplayBuffer:
     """Ring of transitions, each a row of one preallocated float32 tensor: 4 (2 O + D + 2) bytes.
 
     1e6 transitions take 3.1 GB on Humanoid (O 376, D 17), 0.26 GB on Ant (O 27, D 8) and 0.11 GB on Hopper.
-    Raises UserError if that exceeds the free memory of the machine or the GPU.
+    With a path the tensor is that file, mapped into memory (on a GPU, copied to it), so that a checkpoint has to
+    keep only position and size. Raises UserError if the memory, of machine or GPU, or the disk has no room for it.
     """
 
-    def __init__(self, capacity: int, num_envs: int, obs_dim: int, action_dim: int, device: torch.device):
+    def __init__(self, capacity, num_envs, obs_dim, action_dim, device: torch.device, path: Path | None = None):
         capacity -= capacity % num_envs  # so that one step's transitions never wrap around the end
-        need = 4 * capacity * (2 * obs_dim + action_dim + 2)
+        need = torch.get_default_dtype().itemsize * capacity * (2 * obs_dim + action_dim + 2)
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
         if need > free:
             raise UserError(
@@ -236,14 +295,34 @@ class ReplayBuffer:
                 f"expected at most {int(capacity * free / need)}"
             )
         self.widths = (obs_dim, action_dim, 1, obs_dim, 1)  # of the fields of Batch
-        self.rows = torch.zeros(capacity, sum(self.widths), device=device)
-        self.capacity, self.position, self.size = capacity, 0, 0
+        self.capacity, self.position, self.size, self.path, self.mirror = capacity, 0, 0, path, None
+        if path is None:
+            self.rows = torch.zeros(capacity, sum(self.widths), device=device)
+            return
+        try:
+            with open(path, "ab") as f:
+                os.posix_fallocate(f.fileno(), 0, need)  # or a disk that is full kills the process later
+        except OSError as e:
+            free = shutil.disk_usage(path.parent).free
+            raise UserError(f"{path} needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on disk: {e}") from e
+        mapped = torch.from_file(str(path), True, capacity * sum(self.widths)).view(capacity, -1)
+        self.rows, self.mirror = (mapped, None) if device.type == "cpu" else (mapped.to(device), mapped)
 
-    def add(self, rows: torch.Tensor) -> None:
-        """Store one step of every environment, (num_envs, 2 O + D + 2), the fields of Batch side by side."""
+    def add(self, rows: torch.Tensor, on_host: torch.Tensor | None = None) -> None:
+        """Store one step of every environment, (num_envs, 2 O + D + 2), the fields of Batch side by side.
+
+        on_host: the same rows where the file is mapped, if the buffer is on a GPU.
+        """
         self.rows[self.position : self.position + len(rows)] = rows
+        if self.mirror is not None:
+            self.mirror[self.position : self.position + len(rows)] = on_host
         self.position = (self.position + len(rows)) % self.capacity
         self.size = min(self.size + len(rows), self.capacity)
+
+    def flush(self) -> None:
+        """Wait until the file is on disk."""
+        with open(self.path, "rb") as f:
+            os.fsync(f.fileno())
 
     def fields(self, rows: torch.Tensor) -> Batch:
         """Rows (B, 2 O + D + 2) as the fields of Batch, which are views of them."""
@@ -584,28 +663,66 @@ def record_video(agent: Agent, args: Args, folder: Path, name: str, device: torc
     envs.close()
 
 
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write tensors and plain values so that `path` is, at every moment, the old file or the new one, whole."""
+def write_file(path: Path, content: bytes) -> None:
+    """Write so that `path` is, at every moment, the old file or the new one, whole."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as f:
-        torch.save(checkpoint, f)
+        f.write(content)
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
 
 
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write tensors and plain values, their size and SHA-256 to checksums.json, and keep the one before.
+
+    checksums.json is first, with the last three of each file, so that at every moment it knows the files there are.
+    """
+    content = io.BytesIO()
+    torch.save(checkpoint, content)
+    sums_path = path.with_name("checksums.json")
+    sums = json.loads(sums_path.read_text()) if sums_path.exists() else {}
+    known = dict(size=content.tell(), sha256=hashlib.sha256(content.getbuffer()).hexdigest())
+    sums[path.name] = [known, *sums.get(path.name, [])[:2]]
+    write_file(sums_path, json.dumps(sums, indent=2).encode())
+    if path.name == "checkpoint.pt" and path.exists():
+        os.replace(path, path.with_name("previous-checkpoint.pt"))
+    write_file(path, content.getbuffer())
+
+
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
     """Read a checkpoint; nothing in it is executed. Raises UserError if it is missing, damaged or another file."""
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; expected a run's checkpoint.pt or best.pt")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        algorithm = checkpoint["algorithm"]
+        sums_path, content = path.with_name("checksums.json"), path.read_bytes()
+        if sums_path.exists():  # a file that was copied elsewhere has none beside it
+            known = json.loads(sums_path.read_text()).get(path.name.removeprefix("previous-"), [])
+            if known and hashlib.sha256(content).hexdigest() not in [each["sha256"] for each in known]:
+                raise ValueError("not as in checksums.json")
+        checkpoint = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        algorithm, saved_args = checkpoint["algorithm"], set(checkpoint.get("args", ()))
     except Exception as e:  # torch.load raises whatever the damage leads to: pickle, zip, runtime, key errors
-        raise UserError(f"{path} is not a readable checkpoint ({type(e).__name__})") from e
+        reason = str(e) if type(e) is ValueError else type(e).__name__
+        raise UserError(f"{path} is not a readable checkpoint ({reason})") from e
     if algorithm != Path(__file__).stem:
         raise UserError(f"{path} was written by {algorithm}.py; load it with that script")
+    if differ := saved_args ^ {field.name for field in dataclasses.fields(Args)}:
+        raise UserError(f"{path} was written by another version of this script: {', '.join(map(str, sorted(differ)))}")
     return checkpoint
+
+
+def latest_checkpoint(run_dir: str | Path) -> tuple[dict, str]:
+    """The run's last checkpoint, or the one before if the last is damaged, and what to warn of. Raises UserError."""
+    problems = []
+    for name in ("checkpoint.pt", "previous-checkpoint.pt"):
+        try:
+            checkpoint = load_checkpoint(Path(run_dir) / name)
+            return checkpoint, f"{problems[0]}; goes on from {name}" if problems else ""
+        except UserError as e:
+            problems.append(str(e))
+    raise UserError(f"--resume {run_dir}: nothing to go on from: {problems[0]}")
 
 
 def load_agent(path: str | Path, device: torch.device | str = "cpu", args: Args | None = None) -> tuple[Agent, Args]:
@@ -651,25 +768,35 @@ def commit() -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
 
 
-def start_run(args: Args) -> tuple[Path, SummaryWriter]:
-    """Create the run's folder with args.json and the writer, start W&B if asked, print the values in force."""
-    name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    run_dir = Path("runs") / name
-    run_dir.mkdir(parents=True)
+def start_run(args: Args, checkpoint: dict | None) -> tuple[Path, SummaryWriter]:
+    """Create the run's folder with args.json, or go on with the checkpoint's, start the logs, print the args."""
+    run_dir, step = Path("runs") / re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}"), 0
+    run_dir = run_dir.with_name(f"{run_dir.name}__{int(time.time())}")
+    if checkpoint is not None:
+        run_dir, step = Path(args.resume), checkpoint["global_step"]
     values = dataclasses.asdict(args)
     versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, gym, np)}
     device = torch.cuda.get_device_name() if choose_device(args).type == "cuda" else "no GPU"
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {device}"
     facts = dict(args=values, command=shlex.join(sys.argv), commit=commit(), machine=machine, versions=versions)
-    (run_dir / "args.json").write_text(json.dumps(facts, indent=2))
+    try:
+        run_dir.mkdir(parents=True, exist_ok=checkpoint is not None)
+        name = "args.json" if checkpoint is None else f"args-from-{step}.json"
+        write_file(run_dir / name, json.dumps(facts, indent=2).encode())
+    except OSError as e:
+        raise UserError(f"{run_dir}: cannot be written ({e.strerror}); expected a folder runs/ with space") from e
     if args.track:
         import wandb
 
-        project, entity = args.wandb_project_name, args.wandb_entity
-        wandb.init(project=project, entity=entity, name=name, config=values, sync_tensorboard=True, save_code=True)
-    writer = SummaryWriter(str(run_dir))
-    rows = "\n".join(f"|{key}|{value}|" for key, value in values.items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+        names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name)
+        once = dict(id=run_dir.name[-128:], resume="allow")  # a resumed run goes on under its id
+        wandb.init(**names, **once, config=values, sync_tensorboard=True, save_code=True)
+    writer = SummaryWriter(
+        str(run_dir), purge_step=step + 1 if step else None
+    )  # what a killed run logged later is void
+    if not step:
+        rows = "\n".join(f"|{key}|{value}|" for key, value in values.items())
+        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
     print(f"run: {run_dir}\n" + "  ".join(f"{key}={value}" for key, value in values.items()))
     return run_dir, writer
 
@@ -700,8 +827,22 @@ def seed_state(learner: dict, s: int) -> dict:
     return state
 
 
-def make_runs(args: Args) -> tuple[Callable, list[Generator]]:
-    """The update of --num-seeds agents at once, and the run of each, not begun. Raises UserError."""
+def load_seed_state(learner: dict, state: dict) -> None:
+    """Put back what seed_state took, of a learner of one seed."""
+    for name, part in learner.items():
+        if isinstance(part, torch.optim.Optimizer):
+            (params,) = part.param_groups[0]["params"]  # (1, P)
+            moments = {key: (x if key == "step" else x[None]).to(params.device) for key, x in state[name].items()}
+            part.state = collections.defaultdict(dict, {params: moments} if moments else {})
+        else:
+            part[0].load_state_dict(state[name])
+
+
+def make_runs(args: Args) -> tuple[Callable, list[Generator], dict]:
+    """The update of --num-seeds agents at once, and the run of each, not begun. Raises UserError.
+
+    Also what the runs look at: `stop`, a signal's number once they are to stop, and `updates`, how many there were.
+    """
     check_args(args)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs to be deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic)
@@ -721,13 +862,31 @@ def make_runs(args: Args) -> tuple[Callable, list[Generator]]:
         torch.manual_seed(seed.seed)
         agents.append(Agent(obs_dim, action_dim, args).to(device))
     update, learner = make_update(agents, args)
-    states = [functools.partial(seed_state, learner, s) for s in range(args.num_seeds)]
-    shown = [s == 0 for s in range(args.num_seeds)]
-    return update, [run_seed(*run, device) for run in zip(seeds, agents, states, shown, strict=True)]
+    control, checkpoint = dict(stop=0, updates=0, at_episode_end=args.num_seeds == args.num_envs == 1), None
+    if args.resume is not None:
+        checkpoint, problem = latest_checkpoint(args.resume)
+        if problem:
+            print(f"warning: {problem}", file=sys.stderr)
+        if checkpoint["global_step"] >= args.total_timesteps:
+            raise UserError(f"--resume {args.resume}: finished, at step {checkpoint['global_step']}")
+        try:
+            agents[0].load_state_dict(checkpoint["agent"])
+            load_seed_state(learner, checkpoint)
+        except (RuntimeError, KeyError) as e:
+            raise UserError(
+                f"--resume {args.resume} does not fit {args.env_id}: {' '.join(str(e).split())[:300]}"
+            ) from e
+        control["updates"] = checkpoint["run"]["updates"]
+    runs = []
+    for s, (seed, agent) in enumerate(zip(seeds, agents, strict=True)):
+        state = functools.partial(seed_state, learner, s)
+        runs.append(run_seed(seed, agent, state, checkpoint, control, s == 0, device))
+    return update, runs, control
 
 
 def advance(runs: list[Generator], stats: Sequence[torch.Tensor | None]) -> tuple[list[torch.Tensor], list[Path]]:
-    """Each run on to its next update: the inputs of all updates, with a leading axis S, or the folders at the end."""
+    """Each run on to its next update or step: the inputs of all updates, with a leading axis S, none at a step
+    without; the folders at the end."""
     inputs, folders = [], []
     for run, row in zip(runs, stats, strict=True):
         try:
@@ -739,40 +898,87 @@ def advance(runs: list[Generator], stats: Sequence[torch.Tensor | None]) -> tupl
 
 
 def train(args: Args) -> list[Path]:
-    """Train, evaluate, log and save --num-seeds runs in lock step, their updates as one. Returns their folders."""
-    update, runs = make_runs(args)
-    inputs, folders = advance(runs, [None] * len(runs))  # sending None begins a generator
-    updates = 0
-    while not folders:
-        inputs, folders = advance(runs, update(*inputs, n=updates))
-        updates += 1
+    """Train, evaluate, log and save --num-seeds runs in lock step, their updates as one. Returns their folders.
+
+    On SIGINT or SIGTERM the runs save themselves, and SystemExit has the shell's code for the signal, 130 or 143.
+    """
+    update, runs, control = make_runs(args)
+    received = []
+
+    def on_signal(number: int, frame: object) -> None:
+        received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt  # now
+
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        inputs, folders = advance(runs, [None] * len(runs))  # sending None begins a generator
+        while not folders:
+            control["stop"] = sum(received)  # all runs see it at the same step
+            stats = update(*inputs, n=control["updates"]) if inputs else [None] * len(runs)
+            control["updates"] += bool(inputs)
+            inputs, folders = advance(runs, stats)
+    except KeyboardInterrupt:
+        sys.exit(128 + received[0])
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if control["stop"]:
+        sys.exit(128 + control["stop"])
     return folders
 
 
 def run_seed(
-    args: Args, agent: Agent, learner_state: Callable[[], dict], show: bool, device: torch.device
+    args: Args, agent: Agent, learner_state: Callable, checkpoint: dict | None, control: dict, show: bool, device
 ) -> Generator[tuple[torch.Tensor, ...], torch.Tensor, Path]:
-    """The run of one seed. Yields the batch and the noise of each update, is sent its statistics (L,) when it is done.
+    """The run of one seed, from its start or from a checkpoint of --resume.
 
-    Returns the run's folder. Whoever drives it changes the parameters of `agent`; learner_state() is the rest of
-    what a checkpoint keeps. The progress bar is drawn if `show`.
+    Yields the batch and the noise of each update, is sent its statistics (L,) when it is done; yields () at a step
+    without an update. Returns the run's folder. Whoever drives it changes the parameters of `agent` and, in make_runs'
+    `control`, asks it to stop; learner_state() is the rest of what a checkpoint keeps. Draws a progress bar if `show`.
     """
     rng = torch.Generator(device).manual_seed(args.seed)  # of everything that training draws
-    envs = make_envs(args.env_id, args.num_envs)
+    envs = make_envs(args.env_id, args.num_envs, args.async_envs)
     eval_envs = make_envs(args.env_id, args.eval_episodes)
     obs_dim, action_dim = agent.obs_dim, agent.action_dim
-    buffer = ReplayBuffer(args.buffer_size, args.num_envs, obs_dim, action_dim, device)
     act = compiled(agent.act, args)
 
-    run_dir, writer = start_run(args)
-    if args.capture_video:
+    run_dir, writer = start_run(args, checkpoint)
+    buffer_path = run_dir / "buffer.bin"
+    if checkpoint is not None and not buffer_path.exists():
+        raise UserError(f"{buffer_path}: no such file; expected the replay buffer of the run")
+    capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)
+    buffer = ReplayBuffer(capacity, args.num_envs, obs_dim, action_dim, device, buffer_path)
+    print(f"disk: {buffer_path} takes {buffer_path.stat().st_size / 1e9:.3f} GB until the run is finished")
+    if args.capture_video and checkpoint is None:
         record_video(agent, args, run_dir / "videos", "step-0", device)  # fails now if it is going to
+    global_step, updates_due, start_time = 0, 0.0, time.time()
     best_return, eval_return, episodic_return = -math.inf, math.nan, math.nan
+    stats = []  # (global_step, statistics (L,)) of the updates since the last log
+    if checkpoint is None:
+        obs, _ = envs.reset(seed=args.seed)
+    else:  # with the episodes under way drawn again
+        global_step, best_return, run = checkpoint["global_step"], checkpoint["best_return"], checkpoint["run"]
+        updates_due, eval_return, episodic_return = run["updates_due"], run["eval_return"], run["episodic_return"]
+        buffer.position, buffer.size, start_time = run["position"], run["size"], start_time - run["elapsed"]
+        rng.set_state(run["rng"]) if run["device"] == device.type else rng.manual_seed(args.seed + global_step)
+        stats = [(step, row.to(device)) for step, row in run["stats"]]
+        known = not args.async_envs and None not in run["episodes"]
+        if known:
+            envs.set_attr("again", run["episodes"])
+        obs, _ = envs.reset(seed=None if known else args.seed + global_step)
+    obs_tensor = torch.as_tensor(obs).to(buffer.rows)  # (N, O)
 
     def save(name: str) -> None:
         writer.flush()
+        buffer.flush()
+        episodes = [None] if args.async_envs else list(envs.get_attr("rng_state"))
+        run = dict(updates=control["updates"], updates_due=updates_due, position=buffer.position, size=buffer.size)
+        run |= dict(rng=rng.get_state(), device=device.type, stats=[(step, row.cpu()) for step, row in stats])
+        run |= dict(episodes=episodes, eval_return=eval_return, episodic_return=episodic_return)
         facts = dict(algorithm=Path(__file__).stem, args=dataclasses.asdict(args), obs_dim=obs_dim)
         facts |= dict(action_dim=action_dim, global_step=global_step, best_return=best_return)
+        facts |= dict(run=run | dict(elapsed=time.time() - start_time))
         agent_state = {name: x.clone() for name, x in agent.state_dict().items()}
         save_checkpoint(run_dir / name, facts | dict(agent=agent_state) | learner_state())
 
@@ -781,22 +987,29 @@ def run_seed(
         losses = torch.stack([s for _, s in stats]).cpu()
         for i in losses.isfinite().all(-1).logical_not().nonzero().flatten().tolist():
             row = ", ".join(f"{k}={v:.4g}" for k, v in zip(LOSSES, losses[i].tolist(), strict=True))
-            stop(f"the loss is not finite: at step {stats[i][0]}, {row}")
+            fail(f"the loss is not finite: at step {stats[i][0]}, {row}", "failed.pt")
         return losses
 
-    def stop(message: str) -> None:
-        save("failed.pt")
-        raise FloatingPointError(f"{message}. The state at step {global_step} is in {run_dir}/failed.pt")
+    def fail(message: str, name: str) -> None:
+        save(name)
+        if args.async_envs:  # their own close() would wait for one that died
+            envs.closed = True
+            for process in envs.processes:
+                process.kill()
+        raise RunError(f"{message}. The state at step {global_step} is in {run_dir}/{name}")
 
-    global_step, updates_due = 0, 0.0
-    save("checkpoint.pt")  # from here on, a run that is killed leaves a file that loads
-    stats = []  # (global_step, statistics (L,)) of the updates since the last log
-    start_time = time.time()
-    obs, _ = envs.reset(seed=args.seed)
-    obs_tensor = torch.as_tensor(obs).to(buffer.rows)  # (N, O)
+    if checkpoint is None:
+        save("checkpoint.pt")  # from here on, a run that is killed leaves a file that loads
+    saved_at, stopping, ended = time.time(), False, True
     interval = 0.5 if sys.stderr.isatty() else 30.0  # seconds; a log file needs fewer lines
-    bar = tqdm(total=args.total_timesteps, unit="step", mininterval=interval, maxinterval=interval, disable=not show)
+    bar = dict(total=args.total_timesteps, initial=global_step, mininterval=interval, maxinterval=interval)
+    bar = tqdm(**bar, unit="step", disable=not show)
     while global_step < args.total_timesteps:
+        if control["stop"] and not stopping:
+            stopping = True
+            save("checkpoint.pt")  # in case that the process is not given the time
+        if stopping and (ended or not control["at_episode_end"]):
+            break
         if global_step < args.learning_starts:
             actions = torch.rand(args.num_envs, action_dim, generator=rng, device=device) * 2 - 1  # (N, D)
         else:
@@ -806,29 +1019,41 @@ def run_seed(
         if not np.isfinite(env_actions).all():  # never reaches the task
             if stats:
                 check_losses()
-            stop(f"the actions are not finite at step {global_step}, for the observations {obs}")
+            fail(f"the actions are not finite at step {global_step}, for the observations {obs}", "failed.pt")
 
         # The updates of the steps so far come before this step, which a GPU then computes while the task simulates
         updates_due += args.num_envs * args.utd * (global_step >= args.learning_starts)
+        if updates_due < 1:
+            yield ()
         while updates_due >= 1:
             updates_due -= 1
             batch, noise = buffer.sample(args.batch_size, rng), draw_noise(action_dim, args, rng)
             stats.append((global_step, (yield *batch, *noise)))
-        next_obs, rewards, terminations, truncations, infos = envs.step(env_actions)
-        global_step += args.num_envs
-        bar.update(args.num_envs)
+        try:
+            next_obs, rewards, terminations, truncations, infos = envs.step(env_actions)
+        except Exception as e:  # the task's own, or that of a pipe to a process that died
+            died = [p.exitcode for p in getattr(envs, "processes", []) if p.exitcode]
+            died = f" (a process of --async-envs died, exit code {died[0]})" if died else ""
+            fail(f"{args.env_id} failed in step: {type(e).__name__}: {e}{died}", "checkpoint.pt")
 
         # next_obs already belongs to the next episode where one ended; the transition needs the true last one
         last_obs = next_obs.copy()
         for i in np.flatnonzero(terminations | truncations):
             last_obs[i] = infos["final_obs"][i]
+        columns = (obs, env_actions, rewards[:, None], last_obs, terminations[:, None], next_obs)
+        step = np.concatenate(columns, 1, dtype=np.float32)
+        if not np.isfinite(step).all():
+            fail(f"{args.env_id} returned rewards {rewards}, observations {last_obs}: not finite", "checkpoint.pt")
+        global_step += args.num_envs
+        bar.update(args.num_envs)
+        for i in np.flatnonzero(terminations | truncations):
             episodic_return = float(infos["final_info"]["episode"]["r"][i])
             writer.add_scalar("charts/episodic_return", episodic_return, global_step)
             writer.add_scalar("charts/episodic_length", float(infos["final_info"]["episode"]["l"][i]), global_step)
-        columns = (obs, env_actions, rewards[:, None], last_obs, terminations[:, None], next_obs)
-        step = torch.from_numpy(np.concatenate(columns, 1, dtype=np.float32)).to(buffer.rows)  # one transfer
-        buffer.add(step[:, :-obs_dim])
-        obs, obs_tensor = next_obs, step[:, -obs_dim:]
+        on_host = torch.from_numpy(step)
+        step = on_host.to(buffer.rows)  # one transfer
+        buffer.add(step[:, :-obs_dim], on_host[:, :-obs_dim])
+        obs, obs_tensor, ended = next_obs, step[:, -obs_dim:], bool((terminations | truncations).all())
 
         eval_due = global_step % args.eval_frequency < args.num_envs or global_step >= args.total_timesteps
         if stats and (eval_due or global_step % 100 < args.num_envs):
@@ -852,12 +1077,20 @@ def run_seed(
             if eval_return > best_return:
                 best_return = eval_return
                 save("best.pt")
+        due = global_step % args.checkpoint_frequency < args.num_envs and global_step < args.total_timesteps
+        if due or time.time() - saved_at > 60 * args.checkpoint_minutes:
             save("checkpoint.pt")
+            saved_at = time.time()
+    save("checkpoint.pt")
     bar.close()
     writer.close()
     envs.close()
     eval_envs.close()
-    print(f"evaluation return {eval_return:.1f} (best {best_return:.1f}); checkpoints in {run_dir}")
+    if global_step < args.total_timesteps:
+        print(f"stopped at step {global_step}; go on with: python {sys.argv[0]} --resume {shlex.quote(str(run_dir))}")
+    else:
+        buffer_path.unlink()
+        print(f"evaluation return {eval_return:.1f} (best {best_return:.1f}); checkpoints in {run_dir}")
     return run_dir
 
 
@@ -865,8 +1098,11 @@ if __name__ == "__main__":
     try:
         args = parse_args()
         replay(args) if args.evaluate else train(args)
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except FloatingPointError as e:
-        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as e:
+        if "--debug" in sys.argv:
+            raise
+        known = isinstance(e, UserError | RunError)
+        print(f"error: {e}" if known else f"error: {type(e).__name__}: {e} (--debug shows where)", file=sys.stderr)
+        sys.exit(2 if isinstance(e, UserError) else 1)

@@ -85,7 +85,7 @@ def next_command(here: Path, cell: dict) -> list[str] | None:
         if not left:
             return None
         usage = subprocess.run([*script, "--help"], capture_output=True, text=True, cwd=here)
-        if "--resume" in usage.stdout and (left[0] / "checkpoint.pt").exists():
+        if "--resume" in usage.stdout and list(left[0].glob("*checkpoint.pt")):
             return [*script, "--resume", str(left[0].relative_to(here))]
     if (here / "runs").exists():
         (here / "runs").rename(here / f"abandoned-{len(list(here.glob('abandoned-*'))) + 1}")

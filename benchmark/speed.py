@@ -91,13 +91,21 @@ def script_parts(job: dict) -> dict[str, Callable[[int], object]]:
     more |= dict(batch_size=job["batch_size"], num_envs=job["num_envs"], num_seeds=job["num_seeds"])
     args = module.parse_args(["--env-id", job["env_id"]])
     args = dataclasses.replace(args, **more, total_timesteps=10**9, eval_frequency=10**9, buffer_size=200_000)
-    update, runs = module.make_runs(args)
-    state = dict(inputs=module.advance(runs, [None] * len(runs))[0], n=0)
+    update, runs, _ = module.make_runs(args)
+
+    state = dict(inputs=[], n=0, stats=[None] * len(runs))
+
+    def to_next_update() -> None:
+        state.update(inputs=module.advance(runs, state["stats"])[0])
+        while not state["inputs"]:  # a step without an update
+            state.update(inputs=module.advance(runs, [None] * len(runs))[0])
+
+    to_next_update()
 
     def loop(steps: int) -> None:
         for _ in range(steps):
-            stats = update(*state["inputs"], n=state["n"])
-            state.update(inputs=module.advance(runs, stats)[0], n=state["n"] + 1)
+            state.update(stats=update(*state["inputs"], n=state["n"]), n=state["n"] + 1)
+            to_next_update()
 
     device = module.choose_device(args)
     env = module.make_env(args.env_id)
@@ -165,7 +173,7 @@ def count(args: Args) -> str:
     for env_id in args.env_ids:
         for name in SCRIPTS:
             module = importlib.import_module(f"{SCRIPTS[name]}_continuous_action")
-            flags = dataclasses.replace(module.parse_args(["--env-id", env_id]), compile="off", device="cpu")
+            flags = module.parse_args(["--env-id", env_id, "--compile=off", "--device=cpu", "--batch-size=256"])
             env = module.make_env(env_id)
             obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
             agent = module.Agent(obs_dim, action_dim, flags)

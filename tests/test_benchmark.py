@@ -8,7 +8,7 @@ from pathlib import Path
 import scipy.stats
 
 import meow_continuous_action as meow
-from benchmark import estimation, export, sb3, truth
+from benchmark import estimation, export, sb3, soak, truth
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ["step", "return", "SPS", "seed", "commit", "machine", "command"]
@@ -157,3 +157,23 @@ def test_committed_rates_back_the_readme():
         assert {(r["algo"], r["num_envs"]) for r in rows} == {
             (a, n) for a in ("meow", "sac") for n in "16 64 256 512".split()
         }
+
+
+def test_soak(tmp_path):
+    """A row a checkpoint of a short run; memory that grows, files left open and slow checkpoints are found."""
+    flags = (
+        "--env-id Pendulum-v1 --total-timesteps 400 --learning-starts 100 --batch-size 32 --checkpoint-frequency 100"
+    )
+    command = [sys.executable, "-m", "benchmark.soak", "--settled=200", f"--csv={tmp_path / 'soak.csv'}"]
+    done = subprocess.run([*command, f"--flags={flags} --device cpu"], cwd=ROOT, capture_output=True, text=True)
+    assert "memory" in done.stdout and done.returncode in (0, 1), done.stderr  # so short a run may well fail the shares
+    rows = list(csv.DictReader((tmp_path / "soak.csv").open()))
+    assert [int(row["step"]) for row in rows if row["file"] == "checkpoint.pt"] == [0, 100, 200, 300, 400]
+    assert all(0 < float(row["checkpoint_s"]) < float(row["wall_s"]) for row in rows)
+    good = [
+        dict(step=s, rss_mb=500.0, open_files=20, checkpoint_s=0.01, wall_s=s / 100 + 0.1) for s in range(0, 900, 100)
+    ]
+    assert soak.verdict(good, 200)[1]
+    for fault in (dict(rss_mb=510.0), dict(open_files=21), dict(checkpoint_s=0.2)):
+        assert not soak.verdict([*good, good[-1] | fault], 200)[1]
+    assert soak.verdict([good[0] | dict(rss_mb=400.0, open_files=19), *good], 200)[1]  # before it has settled

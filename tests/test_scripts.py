@@ -2,12 +2,9 @@
 
 import json
 import os
-import random
 import re
-import signal
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -176,15 +173,13 @@ def test_evaluation_repeats_its_episodes():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_loss_that_is_not_finite_stops_the_run(tmp_path, script):
-    flags = dict(env_id="tasks:NaN-v0", total_timesteps=1000, batch_size=2048)
-    flags = short_flags(**flags, **QUICK.get(MODULES[script], {}))
+    """A temperature that overflows: the first update's statistics are named, the state is saved."""
+    flags = short_flags(env_id=GOAL, alpha=1e30, num_envs=1, total_timesteps=1000, **QUICK.get(MODULES[script], {}))
     done = run(*flags, cwd=tmp_path, script=script)
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    message = re.search(r"error: the loss is not finite: at step (\d+), qf_loss=nan.* is in (\S+)", done.stderr)
-    assert 150 <= int(message[1]) <= 151  # the first update that can draw the 150th reward draws all there is
-    assert (
-        MODULES[script].load_checkpoint(tmp_path / message[2])["global_step"] <= 152
-    )  # no step with an action that is not finite
+    message = re.search(r"error: the loss is not finite: at step (\d+), qf_loss=(inf|nan).* is in (\S+)", done.stderr)
+    assert message[1] == "100"  # the first update
+    assert 100 <= MODULES[script].load_checkpoint(tmp_path / message[3])["global_step"] <= 102
 
 
 def test_sac_learns_pendulum(tmp_path, monkeypatch):
@@ -425,24 +420,6 @@ def test_crafted_checkpoint_executes_nothing(tmp_path):
     with pytest.raises(meow.UserError, match="not a readable checkpoint"):
         meow.load_checkpoint(tmp_path / "crafted.pt")
     assert not (tmp_path / "executed").exists()
-
-
-def test_killed_run_leaves_a_loadable_checkpoint(tmp_path):
-    """SIGKILL at random moments while a checkpoint is written at every other step."""
-    rng = random.Random(0)
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for i in range(3):
-        flags = [*short_flags(env_id=GOAL, total_timesteps=100_000, eval_frequency=16, seed=i), "--max-grad-norm=30"]
-        process = subprocess.Popen([sys.executable, str(ROOT / SCRIPTS[0]), *flags], cwd=tmp_path, env=env)
-        pattern, deadline = f"runs/*__{i}__*/checkpoint.pt", time.time() + 60
-        while not list(tmp_path.glob(pattern)) and time.time() < deadline:
-            time.sleep(0.05)
-        time.sleep(rng.uniform(0, 3))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        (checkpoint,) = tmp_path.glob(pattern)
-        agent, args = meow.load_agent(checkpoint)
-        assert args.seed == i and all(p.isfinite().all() for p in agent.parameters())
 
 
 def test_wandb_offline(tmp_path):
