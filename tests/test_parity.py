@@ -74,7 +74,7 @@ def test_same_order(pair):
         ("@torch.random.fork_rng()\n", "@torch.no_grad()\n"),
         ("    gamma: float = 0.99\n", "    gamma: float = 0.9\n"),
         ('"""temperature: the weight of the entropy', '"""temperature'),
-        ("        sys.exit(2)\n", "        sys.exit(3)\n"),
+        ("        sys.exit(130)\n", "        sys.exit(131)\n"),
     ],
 )
 def test_drift_is_found(before, after):
