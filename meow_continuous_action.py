@@ -180,7 +180,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     argv = sys.argv[1:] if argv is None else argv
     first = tyro.cli(Args, args=[a for a in argv if a not in ("-h", "--help")])
     if first.evaluate is not None:
-        preset = load_checkpoint(first.evaluate)["args"] | dict(device="auto", track=False, capture_video=False)
+        preset = load_checkpoint(first.evaluate)["args"]
+        preset |= dict(resume=None, device="auto", track=False, capture_video=False)
     elif first.resume is not None:
         preset = latest_checkpoint(first.resume)[0]["args"]
     else:
@@ -238,7 +239,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         if dm_control:
             gym.register_envs(importlib.import_module("shimmy"))
         env = gym.make(env_id, **({} if render_mode is None else {"render_mode": render_mode}))
-    except (gym.error.Error, ImportError, AttributeError) as e:  # the last: dm_control with a mujoco it does not know
+    except (gym.error.Error, ImportError, ValueError, AttributeError) as e:  # the last: dm_control, unknown mujoco
         hint = " (dm_control needs: pip install 'shimmy[dm-control]' 'mujoco<4')" if dm_control else ""
         raise UserError(f"--env-id {env_id}: {e}{hint}") from e
     if dm_control:
@@ -299,12 +300,13 @@ class ReplayBuffer:
         if path is None:
             self.rows = torch.zeros(capacity, sum(self.widths), device=device)
             return
-        try:
-            with open(path, "ab") as f:
-                os.posix_fallocate(f.fileno(), 0, need)  # or a disk that is full kills the process later
-        except OSError as e:
-            free = shutil.disk_usage(path.parent).free
-            raise UserError(f"{path} needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on disk: {e}") from e
+        if path.exists() and path.stat().st_size != need:
+            raise UserError(f"{path} has {path.stat().st_size} bytes; expected {need}, the replay buffer of the run")
+        free = shutil.disk_usage(path.parent).free
+        if not path.exists() and need > free:
+            raise UserError(f"{path} needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on disk")
+        with open(path, "ab") as f:
+            os.posix_fallocate(f.fileno(), 0, need)  # or a disk that is full kills the process later
         mapped = torch.from_file(str(path), True, capacity * sum(self.widths)).view(capacity, -1)
         self.rows, self.mirror = (mapped, None) if device.type == "cpu" else (mapped.to(device), mapped)
 
@@ -674,19 +676,21 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write tensors and plain values, their size and SHA-256 to checksums.json, and keep the one before.
+    """Write tensors and plain values, their size and SHA-256 to checksums.json, and keep the one before if it is sound.
 
-    checksums.json is first, with the last three of each file, so that at every moment it knows the files there are.
+    checksums.json is first, with the sums of the files that are there, so that at every moment it knows them.
     """
     content = io.BytesIO()
     torch.save(checkpoint, content)
-    sums_path = path.with_name("checksums.json")
+    sums_path, previous = path.with_name("checksums.json"), path.with_name("previous-" + path.name)
     sums = json.loads(sums_path.read_text()) if sums_path.exists() else {}
     known = dict(size=content.tell(), sha256=hashlib.sha256(content.getbuffer()).hexdigest())
-    sums[path.name] = [known, *sums.get(path.name, [])[:2]]
+    there = {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in (path, previous) if p.exists()}
+    sound = [each for each in sums.get(path.name, []) if each["sha256"] in there.values()]
+    sums[path.name] = [known, *sound]
     write_file(sums_path, json.dumps(sums, indent=2).encode())
-    if path.name == "checkpoint.pt" and path.exists():
-        os.replace(path, path.with_name("previous-checkpoint.pt"))
+    if path.name == "checkpoint.pt" and there.get(path) in [each["sha256"] for each in sound]:
+        os.replace(path, previous)
     write_file(path, content.getbuffer())
 
 
@@ -698,18 +702,23 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
     try:
         sums_path, content = path.with_name("checksums.json"), path.read_bytes()
         if sums_path.exists():  # a file that was copied elsewhere has none beside it
-            known = json.loads(sums_path.read_text()).get(path.name.removeprefix("previous-"), [])
+            known = json.loads(sums_path.read_text()).get(re.sub(r"^previous-", "", path.name), [])
             if known and hashlib.sha256(content).hexdigest() not in [each["sha256"] for each in known]:
                 raise ValueError("not as in checksums.json")
         checkpoint = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
         algorithm, saved_args = checkpoint["algorithm"], set(checkpoint.get("args", ()))
+        kinds = dict(args=dict, agent=dict, run=dict, obs_dim=int, action_dim=int, global_step=int, best_return=float)
+        wrong = [key for key, kind in kinds.items() if type(checkpoint.get(key)) is not kind]
     except Exception as e:  # torch.load raises whatever the damage leads to: pickle, zip, runtime, key errors
         reason = str(e) if type(e) is ValueError else type(e).__name__
         raise UserError(f"{path} is not a readable checkpoint ({reason})") from e
-    if algorithm != Path(__file__).stem:
+    if type(algorithm) is not str or algorithm != Path(__file__).stem:
         raise UserError(f"{path} was written by {algorithm}.py; load it with that script")
     if differ := saved_args ^ {field.name for field in dataclasses.fields(Args)}:
-        raise UserError(f"{path} was written by another version of this script: {', '.join(map(str, sorted(differ)))}")
+        differ = ", ".join(sorted(map(str, differ)))
+        raise UserError(f"{path} was written by another version of this script: {differ}")
+    if wrong:
+        raise UserError(f"{path} is not a readable checkpoint (without a proper {', '.join(wrong)})")
     return checkpoint
 
 
@@ -729,10 +738,10 @@ def load_agent(path: str | Path, device: torch.device | str = "cpu", args: Args 
     """The agent of a checkpoint and its args (or the ones given). Raises UserError if they do not fit together."""
     checkpoint = load_checkpoint(path, device)
     args = args or Args(**checkpoint["args"])
-    agent = Agent(checkpoint["obs_dim"], checkpoint["action_dim"], args).to(device)
     try:
+        agent = Agent(checkpoint["obs_dim"], checkpoint["action_dim"], args).to(device)
         agent.load_state_dict(checkpoint["agent"])
-    except RuntimeError as e:
+    except Exception as e:  # whatever a file of another making leads to
         raise UserError(f"{path} does not fit the flags: {' '.join(str(e).split())[:300]}") from e
     return agent, args
 
@@ -791,10 +800,9 @@ def start_run(args: Args, checkpoint: dict | None) -> tuple[Path, SummaryWriter]
         names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name)
         once = dict(id=run_dir.name[-128:], resume="allow")  # a resumed run goes on under its id
         wandb.init(**names, **once, config=values, sync_tensorboard=True, save_code=True)
-    writer = SummaryWriter(
-        str(run_dir), purge_step=step + 1 if step else None
-    )  # what a killed run logged later is void
-    if not step:
+    void = None if checkpoint is None else step + 1  # what a killed run logged from there on
+    writer = SummaryWriter(str(run_dir), purge_step=void)
+    if checkpoint is None:
         rows = "\n".join(f"|{key}|{value}|" for key, value in values.items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
     print(f"run: {run_dir}\n" + "  ".join(f"{key}={value}" for key, value in values.items()))
@@ -872,11 +880,11 @@ def make_runs(args: Args) -> tuple[Callable, list[Generator], dict]:
         try:
             agents[0].load_state_dict(checkpoint["agent"])
             load_seed_state(learner, checkpoint)
-        except (RuntimeError, KeyError) as e:
+            control["updates"] = checkpoint["run"]["updates"]
+        except Exception as e:  # whatever a file of another making leads to
             raise UserError(
                 f"--resume {args.resume} does not fit {args.env_id}: {' '.join(str(e).split())[:300]}"
             ) from e
-        control["updates"] = checkpoint["run"]["updates"]
     runs = []
     for s, (seed, agent) in enumerate(zip(seeds, agents, strict=True)):
         state = functools.partial(seed_state, learner, s)
@@ -921,6 +929,8 @@ def train(args: Args) -> list[Path]:
     except KeyboardInterrupt:
         sys.exit(128 + received[0])
     finally:
+        if "bar" in control:
+            control["bar"].close()  # what is printed next has a line of its own
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if control["stop"]:
@@ -970,6 +980,8 @@ def run_seed(
     obs_tensor = torch.as_tensor(obs).to(buffer.rows)  # (N, O)
 
     def save(name: str) -> None:
+        if stats and name == "checkpoint.pt":
+            check_losses()  # it keeps nothing that is not finite
         writer.flush()
         buffer.flush()
         episodes = [None] if args.async_envs else list(envs.get_attr("rng_state"))
@@ -1004,6 +1016,7 @@ def run_seed(
     interval = 0.5 if sys.stderr.isatty() else 30.0  # seconds; a log file needs fewer lines
     bar = dict(total=args.total_timesteps, initial=global_step, mininterval=interval, maxinterval=interval)
     bar = tqdm(**bar, unit="step", disable=not show)
+    control.setdefault("bar", bar)
     while global_step < args.total_timesteps:
         if control["stop"] and not stopping:
             stopping = True
@@ -1087,7 +1100,8 @@ def run_seed(
     envs.close()
     eval_envs.close()
     if global_step < args.total_timesteps:
-        print(f"stopped at step {global_step}; go on with: python {sys.argv[0]} --resume {shlex.quote(str(run_dir))}")
+        command = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
+        print(f"stopped at step {global_step}; go on with: {command}")
     else:
         buffer_path.unlink()
         print(f"evaluation return {eval_return:.1f} (best {best_return:.1f}); checkpoints in {run_dir}")
@@ -1103,6 +1117,7 @@ if __name__ == "__main__":
     except Exception as e:
         if "--debug" in sys.argv:
             raise
-        known = isinstance(e, UserError | RunError)
-        print(f"error: {e}" if known else f"error: {type(e).__name__}: {e} (--debug shows where)", file=sys.stderr)
+        known, message = isinstance(e, UserError | RunError), " ".join(str(e).split())  # arrays have many lines
+        message = message if known else f"{type(e).__name__}: {message} (--debug shows where)"
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2 if isinstance(e, UserError) else 1)

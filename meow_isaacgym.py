@@ -8,12 +8,13 @@ Flow", NeurIPS 2024, https://arxiv.org/abs/2405.13629: its six Isaac tasks, and 
     python meow_isaacgym.py --sim brax --env-id ant                     # brax on MJX; CPU or GPU
     python meow_isaacgym.py --algo sac ...                              # the baseline
     torchrun --nproc-per-node 2 meow_isaacgym.py ...                    # each GPU its own robots, one agent
+    python meow_isaacgym.py --resume runs/ant__...                      # after a stop; the robots begin new episodes
 
 The algorithms are those of meow_continuous_action.py and sac_continuous_action.py, equation numbers included, and
 their networks are the same text. What is different here: a step is a step of all N robots at once and is followed by
 one update; observations, actions and the replay buffer never leave the device; nothing in the loop waits for the
-device except the logs; observations are standardised; the simulators reset each in its own way, and what the loop
-sees of them is one contract, said above `IsaacGymEnvs`. N: robots, B: batch, O: obs, D: action.
+device except logs and checkpoints; observations are standardised; the simulators reset each in its own way, and what
+the loop sees of them is one contract, said above `IsaacGymEnvs`. N: robots, B: batch, O: obs, D: action.
 
     equation                                                                    here
     (1)  u = z / sigma(s),  z = couplings(atanh a),  u ~ N(0, I)                MEow.energy
@@ -30,6 +31,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import hashlib
+import io
 import json
 import math
 import os
@@ -37,6 +40,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -86,6 +90,10 @@ class Args:
     """write an mp4 of one episode at every evaluation, under the run's videos/"""
     evaluate: Optional[str] = None  # noqa: UP045
     """path of a checkpoint: replay its policy, print the returns and exit"""
+    resume: Optional[str] = None  # noqa: UP045
+    """folder of a run that was stopped or killed: go on with it, in place and with its flags, in new episodes"""
+    debug: bool = False
+    """show the traceback of an error"""
     total_steps: int = 1_000_000
     """steps of all robots at once, each followed by one update"""
     num_envs: int = 128
@@ -100,8 +108,12 @@ class Args:
     """discount factor"""
     tau: float = 0.005
     """Polyak step of the target"""
+    checkpoint_frequency: int = 10_000
+    """steps between checkpoints; there is one at the end and at a stop, too"""
+    checkpoint_minutes: float = 10.0
+    """minutes after which a checkpoint is due in any case"""
     eval_frequency: int = 10_000
-    """steps between evaluations, one episode of every robot; the checkpoint is saved then, too"""
+    """steps between evaluations, one episode of every robot"""
     deterministic_eval: bool = True
     """evaluate the policy's deterministic action rather than samples"""
     brax_backend: Literal["mjx", "spring", "positional", "generalized"] = "mjx"
@@ -155,11 +167,19 @@ INSTALL = {
     "isaaclab": "see requirements-isaaclab.txt (Python 3.12)",
 }
 EVAL_SEED = 10_000  # evaluation episodes start from the same states every time, where the simulator can
-LOG_EVERY = 100  # steps between logs, the only places of the loop that wait for the device
+LOG_EVERY = 100  # steps between logs; beside evaluations and checkpoints, the loop waits for the device there alone
+
+# What --resume lets a flag change: nothing that would make it another run
+MAY_CHANGE = {"resume", "debug", "device", "track", "wandb_project_name", "wandb_entity", "capture_video"}
+MAY_CHANGE |= {"checkpoint_frequency", "checkpoint_minutes"}
 
 
 class UserError(Exception):
-    """Something that the user can put right; printed as one line, without a traceback."""
+    """Something that the user can put right; printed as one line, exit code 2."""
+
+
+class RunError(Exception):
+    """A run that cannot go on, whose state is saved; printed as one line, exit code 1."""
 
 
 def preset(sim: str, env_id: str, algo: str) -> dict:
@@ -171,29 +191,41 @@ def preset(sim: str, env_id: str, algo: str) -> dict:
 
 
 def parse_flags(argv: list | None = None) -> Args:
-    """Command line -> Args. Flags given win over the preset of the task, or over the args of --evaluate's file."""
+    """Command line -> Args. Flags given win over the preset of the task, or over the args of --evaluate's file.
+
+    With --resume the args are those of the run. Raises UserError if a flag that makes the run what it is differs.
+    """
     argv = sys.argv[1:] if argv is None else argv
     first = tyro.cli(Args, args=[a for a in argv if a not in ("-h", "--help")])
+    file = first.evaluate or first.resume
     if first.evaluate is not None:
-        saved = load_checkpoint(first.evaluate)["args"]
-        values = {**saved, "device": "auto", "track": False, "capture_video": False}
-        if saved["sim"] == "isaacgymenvs" and first.sim != "isaacgymenvs":
-            raise UserError(f"{first.evaluate} needs Isaac Gym; add --sim isaacgymenvs, which must be known early")
+        values = {**load_checkpoint(file)["args"], "device": "auto", "track": False, "capture_video": False}
+        values["resume"] = None
+    elif first.resume is not None:
+        values = latest_checkpoint(file)[0]["args"]
     else:
         values = preset(first.sim, first.env_id, first.algo)
-    return tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **values))
+    if file is not None and values["sim"] == "isaacgymenvs" and first.sim != "isaacgymenvs":
+        raise UserError(f"{file} needs Isaac Gym; add --sim isaacgymenvs, which must be known early")
+    args = tyro.cli(Args, args=argv, default=dataclasses.replace(Args(), **values))
+    for name in values.keys() - MAY_CHANGE if first.resume is not None else ():
+        if getattr(args, name) != values[name]:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {getattr(args, name)}: expected {values[name]}, as in {file}; leave it out")
+    return args
 
 
 def check_flags(args: Args) -> None:
     """Raise UserError, naming the flag, its value and its range, before anything is built."""
     positive = ("total_steps", "num_envs", "buffer_steps", "batch_size", "learning_starts", "eval_frequency")
-    positive += ("alpha", "learning_rate", "max_grad_norm")
+    positive += ("checkpoint_frequency", "checkpoint_minutes", "alpha", "learning_rate", "max_grad_norm")
     ranges = {name: (0 < getattr(args, name) < math.inf, "above 0 and finite") for name in positive}
     ranges.update({name: (0 <= getattr(args, name) <= 1, "in [0, 1]") for name in ("gamma", "tau")})
     ranges["seed"] = (0 <= args.seed < 2**32, "in [0, 2^32)")
     ordered = -20 <= args.sigma_min < args.sigma_max <= 10
     ranges["sigma_min"] = (ordered, "-20 <= sigma_min < sigma_max <= 10")
     ranges["dropout"] = (0 <= args.dropout < 1, "in [0, 1)")
+    ranges["evaluate"] = (not (args.evaluate and args.resume), "no --resume beside it")
     ranges["device"] = (args.device != "cuda" or torch.cuda.is_available(), "cpu: torch sees no CUDA device")
     for name, (ok, expected) in ranges.items():
         if not ok:
@@ -395,14 +427,14 @@ class Batch(NamedTuple):
 
 
 class DeviceBuffer:
-    """Ring of transitions in preallocated float32 tensors on the device: 4 (2 O + D + 2) bytes each.
+    """Ring of transitions, each a row of one preallocated float32 tensor on the device: 4 (2 O + D + 2) bytes.
 
     15,000 steps of N robots take, on Isaac Gym's tasks: 1.00 GB on Ant (N 128, O 60, D 8), 1.84 GB on Humanoid (128,
     108, 21), 0.26 GB on Ingenuity (128, 13, 6), 0.84 GB on Anymal (128, 48, 12), 5.96 GB on AllegroHand (512, 88, 16)
     and 1.75 GB on FrankaCabinet (512, 23, 9). Raises UserError if that exceeds the free memory.
 
     Which transitions are valid is known on the device alone, so position and size are there, too. The invalid ones
-    are written to one more row behind the ring, which is never drawn.
+    are written to one more row behind the ring, which is never drawn. `open` gives the ring its file.
     """
 
     def __init__(self, steps: int, num_envs: int, obs_dim: int, action_dim: int, device: torch.device):
@@ -413,24 +445,62 @@ class DeviceBuffer:
                 f"--buffer-steps {steps} of {num_envs} robots need {need / 1e9:.2f} GB, {device} has {free / 1e9:.2f} "
                 f"GB free; expected at most {int(steps * free / need)}"
             )
-        self.capacity, self.bytes, rows = steps * num_envs, need, steps * num_envs + 1
-        shapes = [(rows, obs_dim), (rows, action_dim), (rows,), (rows, obs_dim), (rows,)]
-        self.data = Batch(*[torch.zeros(shape, device=device) for shape in shapes])
+        self.widths = (obs_dim, action_dim, 1, obs_dim, 1)  # of the fields of Batch
+        self.capacity, self.bytes = steps * num_envs, need
         self.position = torch.zeros((), dtype=torch.int64, device=device)  # transitions added so far
+
+    def open(self, path: Path, position: int = 0) -> None:
+        """Allocate the rows, with what the file has of them. Raises UserError if the disk has no room for it.
+
+        On a CPU they are the file, mapped into memory; to a GPU they are copied from it, and `flush` copies back.
+        """
+        floats = (self.capacity + 1) * sum(self.widths)
+        with open(path, "ab") as f:
+            held, need, free = f.tell(), 4 * floats, shutil.disk_usage(path.parent).free
+            try:
+                if need - held > free:  # or what there is would be taken before that fails, from all who use the disk
+                    raise OSError("no space left")
+                os.posix_fallocate(f.fileno(), 0, need)  # or a disk that is full kills the process later
+            except OSError as e:
+                f.truncate(held)
+                raise UserError(f"{path} needs {need / 1e9:.2f} GB, {free / 1e9:.2f} GB are free on disk: {e}") from e
+        self.path, self.mapped = path, torch.from_file(str(path), True, floats).view(self.capacity + 1, -1)
+        self.rows = self.mapped.to(self.position.device)  # on a CPU the same tensor
+        self.position.fill_(position)
+        self.flushed = position
+
+    def flush(self, chunk: int = 2**20) -> int:
+        """Wait until the file has all rows and is on disk. Returns the position."""
+        position = int(self.position)
+        start = max(self.flushed, position - self.capacity)
+        while self.rows is not self.mapped and start < position:
+            row = start % self.capacity
+            count = min(chunk, position - start, self.capacity - row)
+            self.mapped[row : row + count] = self.rows[row : row + count]
+            start += count
+        self.flushed = position
+        with open(self.path, "rb") as f:
+            os.fsync(f.fileno())
+        return position
 
     def add(self, valid: torch.Tensor, *transitions: torch.Tensor) -> None:
         """Store the valid ones of one step of every robot: the fields of Batch in order, first dimension N."""
-        rows = (self.position + valid.cumsum(0) - 1) % self.capacity  # (N,), consecutive for the valid ones
-        rows = torch.where(valid, rows, self.capacity)
-        for field, value in zip(self.data, transitions):
-            field.index_copy_(0, rows, value.to(field.dtype))
+        index = (self.position + valid.cumsum(0) - 1) % self.capacity  # (N,), consecutive for the valid ones
+        index = torch.where(valid, index, self.capacity)
+        columns = [field.reshape(len(valid), -1).to(self.rows.dtype) for field in transitions]
+        self.rows.index_copy_(0, index, torch.cat(columns, -1))
         self.position += valid.sum()
+
+    def fields(self, rows: torch.Tensor) -> Batch:
+        """Rows (B, 2 O + D + 2) as the fields of Batch, which are views of them."""
+        obs, actions, rewards, next_obs, terminations = rows.split(self.widths, -1)
+        return Batch(obs, actions, rewards.squeeze(-1), next_obs, terminations.squeeze(-1))
 
     def sample(self, batch_size: int) -> Batch:
         """Transitions drawn uniformly with replacement."""
         size = self.position.clamp(1, self.capacity)
         index = torch.randint(2**62, (batch_size,), device=size.device) % size  # randint's bound would be on the host
-        return Batch(*[field.index_select(0, index) for field in self.data])
+        return self.fields(self.rows.index_select(0, index))
 
 
 def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
@@ -438,6 +508,24 @@ def sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
+
+
+def largest_over_ranks(numbers: list, device: torch.device) -> list:
+    """The largest of each number over the processes of a torchrun; with several it waits for the device."""
+    if not dist.is_initialized():
+        return numbers
+    x = torch.tensor(numbers, dtype=torch.float64, device=device)
+    dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x.tolist()
+
+
+def each_ranks(own: dict) -> list:
+    """What each process of a torchrun gives, in the order of their ranks."""
+    if not dist.is_initialized():
+        return [own]
+    every = [None] * dist.get_world_size()
+    dist.all_gather_object(every, own)
+    return every
 
 
 class Standardizer(nn.Module):
@@ -927,28 +1015,66 @@ def film(agent, standardizer: Standardizer, sim, deterministic: bool, path: Path
         raise UserError(f"--capture-video: cannot draw here ({type(e).__name__}: {e}); {hint}") from e
 
 
-def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write tensors and plain values so that `path` is, at every moment, the old file or the new one, whole."""
+def write_file(path: Path, content: bytes) -> None:
+    """Write so that `path` is, at every moment, the old file or the new one, whole."""
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as f:
-        torch.save(checkpoint, f)
+        f.write(content)
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
 
 
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Write tensors and plain values, their size and SHA-256 to checksums.json, and keep the one before.
+
+    checksums.json is first, with the last three of each file, so that at every moment it knows the files there are.
+    """
+    content = io.BytesIO()
+    torch.save(checkpoint, content)
+    sums_path = path.with_name("checksums.json")
+    sums = json.loads(sums_path.read_text()) if sums_path.exists() else {}
+    known = dict(size=content.tell(), sha256=hashlib.sha256(content.getbuffer()).hexdigest())
+    sums[path.name] = [known, *sums.get(path.name, [])[:2]]
+    write_file(sums_path, json.dumps(sums, indent=2).encode())
+    if path.name == "checkpoint.pt" and path.exists():
+        os.replace(path, path.with_name("previous-checkpoint.pt"))
+    write_file(path, content.getbuffer())
+
+
 def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict:
     """Read a checkpoint; nothing in it is executed. Raises UserError if it is missing, damaged or another file."""
-    if not Path(path).is_file():
+    path = Path(path)
+    if not path.is_file():
         raise UserError(f"{path}: no such checkpoint; expected a run's checkpoint.pt or best.pt")
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-        algorithm = checkpoint["algorithm"]
+        sums_path, content = path.with_name("checksums.json"), path.read_bytes()
+        if sums_path.exists():  # a file that was copied elsewhere has none beside it
+            known = json.loads(sums_path.read_text()).get(re.sub(r"^previous-", "", path.name), [])
+            if known and hashlib.sha256(content).hexdigest() not in [each["sha256"] for each in known]:
+                raise ValueError("not as in checksums.json")
+        checkpoint = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
+        algorithm, saved_args = checkpoint["algorithm"], set(checkpoint.get("args", ()))
     except Exception as e:  # torch.load raises whatever the damage leads to: pickle, zip, runtime, key errors
-        raise UserError(f"{path} is not a readable checkpoint ({type(e).__name__})") from e
+        reason = str(e) if type(e) is ValueError else type(e).__name__
+        raise UserError(f"{path} is not a readable checkpoint ({reason})") from e
     if algorithm != Path(__file__).stem:
         raise UserError(f"{path} was written by {algorithm}.py; load it with that script")
+    if differ := saved_args ^ {field.name for field in dataclasses.fields(Args)}:
+        raise UserError(f"{path} was written by another version of this script: {', '.join(map(str, sorted(differ)))}")
     return checkpoint
+
+
+def latest_checkpoint(run_dir: str | Path) -> tuple[dict, str]:
+    """The run's last checkpoint, or the one before if the last is damaged, and what to warn of. Raises UserError."""
+    problems = []
+    for name in ("checkpoint.pt", "previous-checkpoint.pt"):
+        try:
+            checkpoint = load_checkpoint(Path(run_dir) / name)
+            return checkpoint, f"{problems[0]}; goes on from {name}" if problems else ""
+        except UserError as e:
+            problems.append(str(e))
+    raise UserError(f"--resume {run_dir}: nothing to go on from: {problems[0]}")
 
 
 def load_policy(path: str | Path, device: torch.device | str = "cpu", args: Args | None = None):
@@ -1004,39 +1130,98 @@ def commit() -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
 
 
-def open_run(args: Args, ranks: int, facts: str) -> tuple[Path, SummaryWriter]:
-    """Create the run's folder with args.json and the writer, start W&B if asked, print the values in force."""
+def open_run(args: Args, checkpoint: dict | None, ranks: int, facts: str) -> tuple[Path, SummaryWriter]:
+    """Create the run's folder with args.json, or go on with the checkpoint's, start the logs, print the args."""
     name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}_{args.algo}__{args.seed}__{int(time.time())}")
-    run_dir = Path("runs") / name
-    run_dir.mkdir(parents=True)
+    run_dir, step = Path("runs") / name, 0
+    if checkpoint is not None:
+        run_dir, step = Path(args.resume), checkpoint["global_step"]
     values = dataclasses.asdict(args)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     versions.update({m: getattr(sys.modules[m], "__version__", "?") for m in ("jax", "brax") if m in sys.modules})
     device = torch.cuda.get_device_name() if rank_device(args).type == "cuda" else "no GPU"
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {device}"
     about = dict(args=values, command=shlex.join(sys.argv), commit=commit(), machine=machine, versions=versions)
-    (run_dir / "args.json").write_text(json.dumps({**about, "ranks": ranks}, indent=2))
+    try:
+        run_dir.mkdir(parents=True, exist_ok=checkpoint is not None)
+        name = "args.json" if checkpoint is None else f"args-from-{step}.json"
+        write_file(run_dir / name, json.dumps({**about, "ranks": ranks}, indent=2).encode())
+    except OSError as e:
+        raise UserError(f"{run_dir}: cannot be written ({e.strerror}); expected a folder runs/ with space") from e
     if args.track:
         import wandb
 
-        project, entity = args.wandb_project_name, args.wandb_entity
-        wandb.init(project=project, entity=entity, name=name, config=values, sync_tensorboard=True, save_code=True)
-    writer = SummaryWriter(str(run_dir))
-    rows = "\n".join(f"|{key}|{value}|" for key, value in values.items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
+        names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name)
+        once = dict(id=run_dir.name[-128:], resume="allow")  # a resumed run goes on under its id
+        wandb.init(**names, **once, config=values, sync_tensorboard=True, save_code=True)
+    purge_step = None if checkpoint is None else step + 1  # what a killed run logged later is void
+    writer = SummaryWriter(str(run_dir), purge_step=purge_step)
+    if checkpoint is None:
+        rows = "\n".join(f"|{key}|{value}|" for key, value in values.items())
+        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
     print(f"run: {run_dir}\n" + "  ".join(f"{key}={value}" for key, value in values.items()) + f"\n{facts}", flush=True)
     return run_dir, writer
 
 
+def load_parts(parts: dict, checkpoint: dict, args: Args) -> None:
+    """Put back the state of agent, standardizer, target and optimisers. Raises UserError if it does not fit."""
+    try:
+        for name, part in parts.items():
+            state = checkpoint[name]
+            if isinstance(part, torch.optim.Optimizer):  # its flags depend on the device, so they stay
+                state = {**part.state_dict(), "state": state["state"]}
+            part.load_state_dict(state)
+    except (RuntimeError, KeyError, ValueError) as e:
+        raise UserError(f"--resume {args.resume} does not fit {args.env_id}: {' '.join(str(e).split())[:300]}") from e
+
+
+def rng_states(device: torch.device) -> list:
+    """Of all that this process draws: the states of torch's generators, the CPU's and, on a GPU, that one's."""
+    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+
+
+@contextlib.contextmanager
+def handlers_restored():
+    """Puts the handlers of SIGINT and SIGTERM back in the end."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # a simulator's own, if it is not Python's, is None
+
+
+@handlers_restored()
 def train_robots(args: Args) -> Path | None:
-    """Train, evaluate, log and save. Returns the run's folder; None in the ranks of a torchrun that do not log."""
+    """Train, evaluate, log and save. Returns the run's folder; None in the ranks of a torchrun that do not log.
+
+    With --resume it goes on as if it had not been stopped, but for the robots: the state of a simulator is not saved,
+    so they begin new episodes, and those under way are not counted. On SIGINT or SIGTERM the run saves itself, and
+    SystemExit has the shell's code for the signal, 130 or 143; a second signal ends it at once.
+    """
     check_flags(args)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs to be deterministic
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     device = rank_device(args)
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
-    rank_seed = (args.seed + 1_000_003 * rank) % 2**32  # each rank's robots, samples and noise are its own
+    robots = args.num_envs * ranks
+
+    checkpoint, last_step = None, 0
+    if args.resume is not None:
+        checkpoint, problem = latest_checkpoint(args.resume)
+        if problem and rank == 0:
+            print(f"warning: {problem}", file=sys.stderr)
+        if len(checkpoint["ranks"]) != ranks:
+            n = len(checkpoint["ranks"])
+            raise UserError(f"--resume {args.resume}: {ranks} processes; expected {n}: torchrun --nproc-per-node {n}")
+        last_step = checkpoint["global_step"] // robots
+        if last_step >= args.total_steps:
+            raise UserError(f"--resume {args.resume}: finished, at step {last_step}")
+        if not (Path(args.resume) / f"buffer-{rank}.bin").exists():
+            raise UserError(f"{args.resume}/buffer-{rank}.bin: no such file; expected the replay buffer of the run")
+    # Each rank's robots, samples and noise are its own, and new ones after a stop
+    rank_seed = (args.seed + 1_000_003 * rank + last_step) % 2**32
 
     sim = make_sim(args, rank_seed, device)
     buffer = DeviceBuffer(args.buffer_steps, args.num_envs, sim.obs_dim, sim.action_dim, device)
@@ -1046,55 +1231,91 @@ def train_robots(args: Args) -> Path | None:
     agent = make_agent(sim.obs_dim, sim.action_dim, args).to(device)
     standardizer = Standardizer(sim.obs_dim).to(device)
     update, learner = (make_meow_learner if args.algo == "meow" else make_sac_learner)(agent, args)
+    parts = dict(agent=agent, standardizer=standardizer, **learner)
+    if checkpoint is not None:
+        load_parts(parts, checkpoint, args)
     if device.type == "cuda" and ranks == 1:  # with several ranks the all_reduce stays outside a graph
         update = captured(update)
     torch.manual_seed(rank_seed)
     losses = LOSSES if args.algo == "meow" else SAC_LOSSES
 
-    robots = args.num_envs * ranks
     if args.capture_video and rank == 0:  # fails now if it is going to
         with tempfile.TemporaryDirectory() as folder:
             film(agent, standardizer, sim, args.deterministic_eval, Path(folder) / "try.mp4", most=2)
     run_dir, writer = None, None
     if rank == 0:
         facts = f"{robots} robots, {args.total_steps * robots:,} robot-steps, replay {buffer.bytes / 1e9:.2f} GB a rank"
-        run_dir, writer = open_run(args, ranks, facts)
+        facts += ", as much on disk until the run is finished"
+        if checkpoint is not None:
+            facts += f"\nresumed at step {last_step}; the robots begin new episodes"
+        run_dir, writer = open_run(args, checkpoint, ranks, facts)
+    run_dir = each_ranks(dict(run_dir=run_dir))[0]["run_dir"]
+
+    global_step = last_step * robots  # robot-steps, of all ranks
     best_return, eval_return, episodic_return = -math.inf, math.nan, math.nan
+    stats = []  # (global_step, statistics (L,)) of the updates since the last log
+    returns, lengths = torch.zeros(2, args.num_envs, device=device)  # of the episodes under way
+    episodes = torch.zeros(3, device=device)  # sum of returns, sum of lengths, number of those ended since the last log
+    buffer_path = run_dir / f"buffer-{rank}.bin"
+    if checkpoint is None:
+        buffer.open(buffer_path)
+    else:
+        best_return, eval_return = checkpoint["best_return"], checkpoint["eval_return"]
+        episodic_return, own = checkpoint["episodic_return"], checkpoint["ranks"][rank]
+        stats, episodes = [(step, row.to(device)) for step, row in own["stats"]], own["episodes"].to(device)
+        buffer.open(buffer_path, own["position"])
+        if len(own["rng"]) == len(rng_states(device)):  # else it goes on on another device
+            torch.set_rng_state(own["rng"][0])
+            for state in own["rng"][1:]:
+                torch.cuda.set_rng_state(state, device)
 
     def save(name: str) -> None:
+        """Called by all ranks: a checkpoint is of one step, and it is written when all buffers are on disk."""
+        own = dict(position=buffer.flush(), rng=rng_states(device), episodes=episodes.cpu())
+        every = each_ranks(dict(stats=[(step, row.cpu()) for step, row in stats], **own))
         if rank == 0:
             writer.flush()
             facts = dict(algorithm=Path(__file__).stem, args=dataclasses.asdict(args), obs_dim=sim.obs_dim)
             facts.update(action_dim=sim.action_dim, global_step=global_step, best_return=best_return)
-            state = {k: v.state_dict() for k, v in dict(agent=agent, standardizer=standardizer, **learner).items()}
-            save_checkpoint(run_dir / name, {**facts, **state})
+            facts.update(eval_return=eval_return, episodic_return=episodic_return, ranks=every)
+            save_checkpoint(run_dir / name, {**facts, **{k: part.state_dict() for k, part in parts.items()}})
 
     def log(name: str, value: float) -> None:
         if rank == 0:
             writer.add_scalar(name, value, global_step)
 
-    def log_losses() -> None:
-        """Means of the statistics since the last log. Stops the run if one is not finite."""
-        rows = torch.stack([s for _, s in stats]).cpu()  # (updates, L)
-        for i in rows.isfinite().all(-1).logical_not().nonzero().flatten().tolist():
-            row = ", ".join(f"{k}={v:.4g}" for k, v in zip(losses, rows[i].tolist()))
+    def check_losses() -> torch.Tensor:
+        """Statistics of the updates since the last log, (updates, L). Stops all ranks if one's are not finite."""
+        rows = torch.stack([s for _, s in stats]).cpu()
+        bad = rows.isfinite().all(-1).logical_not().nonzero().flatten().tolist()
+        if largest_over_ranks([len(bad)], device)[0]:
             save("failed.pt")
-            message = f"the loss is not finite: at step {stats[i][0]}, {row}"
-            raise FloatingPointError(f"{message}. The state at step {global_step} is in {run_dir}/failed.pt")
-        for name, value in zip(losses, rows.mean(0).tolist()):
-            log(f"losses/{name}", value)
-        stats.clear()
+            where = "on another rank"
+            if bad:
+                row = ", ".join(f"{k}={v:.4g}" for k, v in zip(losses, rows[bad[0]].tolist()))
+                where = f"at step {stats[bad[0]][0]}, {row}"
+            state = f"The state at step {global_step} is in {run_dir}/failed.pt"
+            raise RunError(f"the loss is not finite: {where}. {state}")
+        return rows
 
-    global_step = 0  # robot-steps, of all ranks
-    save("checkpoint.pt")  # from here on, a run that is killed leaves a file that loads
-    stats = []  # (global_step, statistics (L,)) of the updates since the last log
-    returns, lengths = torch.zeros(2, args.num_envs, device=device)  # of the episodes under way
-    episodes = torch.zeros(3, device=device)  # sum of returns, sum of lengths, number of those ended since the last log
-    start_time, start_step = time.time(), 0  # of what SPS counts, evaluations left out
+    received = []  # signals, with their time
+
+    def on_signal(number: int, frame: object) -> None:
+        received.append((number, time.time()))
+        if received[-1][1] - received[0][1] > 1:  # torchrun sends a terminal's Ctrl-C once more, at once
+            sys.exit(128 + number)
+
+    if checkpoint is None:
+        save("checkpoint.pt")  # from here on, a run that is killed leaves a file that loads
+    for number in (signal.SIGINT, signal.SIGTERM):  # only now: simulators set their own
+        signal.signal(number, on_signal)
+    start_time, start_step = time.time(), global_step  # of what SPS counts, evaluations left out
+    saved_at, age, stop = time.time(), 0.0, 0
     sim.reset()
     interval = 0.5 if sys.stderr.isatty() else 30.0  # seconds; a log file needs fewer lines
-    bar = tqdm(total=args.total_steps, unit="step", mininterval=interval, maxinterval=interval, disable=rank > 0)
-    for step in range(1, args.total_steps + 1):
+    bar = dict(total=args.total_steps, initial=last_step, mininterval=interval, maxinterval=interval)
+    bar = tqdm(**bar, unit="step", disable=rank > 0)
+    for step in range(last_step + 1, args.total_steps + 1):
         obs = sim.obs  # (N, O)
         standardizer.update(obs)
         if step <= args.learning_starts:
@@ -1122,7 +1343,9 @@ def train_robots(args: Args) -> Path | None:
 
         eval_due = step % args.eval_frequency == 0 or step == args.total_steps
         if stats and (step % LOG_EVERY == 0 or eval_due):
-            log_losses()
+            for name, value in zip(losses, check_losses().mean(0).tolist()):
+                log(f"losses/{name}", value)
+            stats.clear()
             ended = sum_over_ranks(episodes.clone()).tolist()
             episodes.zero_()
             if ended[2]:
@@ -1149,27 +1372,58 @@ def train_robots(args: Args) -> Path | None:
             if eval_return > best_return:
                 best_return = eval_return
                 save("best.pt")
+            start_time += time.time() - pause
+
+        if ranks == 1 or step % LOG_EVERY == 0:  # the same on all ranks
+            asked = [max([number for number, _ in received], default=0), time.time() - saved_at]
+            stop, age = largest_over_ranks(asked, device)
+        due = step % args.checkpoint_frequency == 0 or step == args.total_steps
+        if due or stop or age > 60 * args.checkpoint_minutes:
+            if stats:
+                check_losses()
             save("checkpoint.pt")
+            saved_at, age = time.time(), 0.0
+        if stop:
+            break
+        if eval_due:
             sim.reset()  # the episodes that the evaluation cut off are over
             returns.zero_()
             lengths.zero_()
-            start_time += time.time() - pause
     bar.close()
+    finished = step == args.total_steps
     if rank == 0:
         writer.close()
-        print(f"evaluation return {eval_return:.1f} (best {best_return:.1f}); checkpoints in {run_dir}")
+        if finished:
+            print(f"evaluation return {eval_return:.1f} (best {best_return:.1f}); checkpoints in {run_dir}")
+        else:
+            how = "python" if ranks == 1 else f"torchrun --nproc-per-node {ranks}"
+            early = "--sim isaacgymenvs " if args.sim == "isaacgymenvs" else ""
+            how += f" {sys.argv[0]} {early}--resume {shlex.quote(str(run_dir))}"
+            print(f"stopped at step {step}; go on with: {how}", flush=True)
+    if finished:
+        buffer_path.unlink()
     if ranks > 1:
+        dist.barrier()  # when a rank has exited with a signal's code, torchrun ends the others
         dist.destroy_process_group()
-    return run_dir
+    if not finished:
+        sys.exit(128 + int(stop))
+    return run_dir if rank == 0 else None
 
 
 if __name__ == "__main__":
     try:
         args = parse_flags()
         replay_policy(args) if args.evaluate else train_robots(args)
-    except UserError as e:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except FloatingPointError as e:  # the averaged gradient is not finite on any rank; the first one says it
-        sys.exit(f"error: {e}" if os.environ.get("RANK", "0") == "0" else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as e:
+        if "--debug" in sys.argv:
+            raise
+        for bar in list(tqdm._instances):
+            bar.close()  # which ends its line
+        # What all ranks meet, their first one says: flags, and what they have agreed on
+        shared = isinstance(e, RunError) or (isinstance(e, UserError) and not dist.is_initialized())
+        if os.environ.get("RANK", "0") == "0" or not shared:
+            known = isinstance(e, (UserError, RunError))
+            print(f"error: {e}" if known else f"error: {type(e).__name__}: {e} (--debug shows where)", file=sys.stderr)
+        sys.exit(2 if isinstance(e, UserError) else 1)

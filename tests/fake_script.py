@@ -64,7 +64,8 @@ for step in range(first + 10, args.total_timesteps + 10, 10):
         writer.flush()
         with open(run / "steps.txt", "a") as f:
             f.write(f"{step}\n")
-        (run / "checkpoint.pt").write_text(str(step))
+        (run / "checkpoint.tmp").write_text(str(step))
+        (run / "checkpoint.tmp").replace(run / "checkpoint.pt")
     print(
         f"\r {step / args.total_timesteps:.0%}|## | {step}/{args.total_timesteps} [00:01<00:01]",
         end="",

@@ -41,6 +41,28 @@ class NoScreen(Counting):
         raise RuntimeError("no GL context")
 
 
+class Faulty(Counting):
+    """Breaks at step 150 of those it has made, all episodes counted, or with `reset` at reset number `resets`."""
+
+    def __init__(self, fault: str, resets: int = 0):
+        super().__init__()
+        self.fault, self.resets = fault, resets
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = super().reset(seed=seed)
+        if self.fault == "reset" and self.episode == self.resets:
+            raise RuntimeError("no ground\nunder the robot")
+        return obs, info
+
+    def step(self, action):
+        obs, reward, *others = super().step(action)
+        if self.total == 150 and self.fault == "step":
+            raise RuntimeError("the joints\nhave come apart")
+        values = dict(nan_obs=(np.nan, 0), inf_obs=(np.inf, 0), nan_reward=(0, np.nan)) if self.total == 150 else {}
+        of_obs, of_reward = values.get(self.fault, (0, 0))
+        return obs + of_obs, reward + of_reward, *others
+
+
 class Spaces(gym.Env):
     """Never stepped: a task with the given spaces."""
 
@@ -51,6 +73,10 @@ class Spaces(gym.Env):
 box = gym.spaces.Box(-1.0, 1.0, (2,))
 gym.register("Counting-v0", Counting, max_episode_steps=5)
 gym.register("NaN-v0", Counting, max_episode_steps=5, kwargs=dict(nan_at=150))
+for name, fault in dict(NaNObs="nan_obs", InfObs="inf_obs", NaNReward="nan_reward", BadStep="step").items():
+    gym.register(f"{name}-v0", Faulty, max_episode_steps=5, kwargs=dict(fault=fault))
+gym.register("BadReset-v0", Faulty, max_episode_steps=5, kwargs=dict(fault="reset"))
+gym.register("BadLaterReset-v0", Faulty, max_episode_steps=5, kwargs=dict(fault="reset", resets=30))
 gym.register("NoScreen-v0", NoScreen, max_episode_steps=5)
 gym.register("Bounds-v0", Counting, max_episode_steps=5, kwargs=dict(low=(-2.0, 0.0, 5.0), high=(1.0, 0.1, 6.0)))
 gym.register("Dict-v0", Spaces, kwargs=dict(obs=gym.spaces.Dict(a=box), action=box))

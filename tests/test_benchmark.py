@@ -171,7 +171,7 @@ def test_soak(tmp_path):
     assert [int(row["step"]) for row in rows if row["file"] == "checkpoint.pt"] == [0, 100, 200, 300, 400]
     assert all(0 < float(row["checkpoint_s"]) < float(row["wall_s"]) for row in rows)
     good = [
-        dict(step=s, rss_mb=500.0, open_files=20, checkpoint_s=0.01, wall_s=s / 100 + 0.1) for s in range(0, 900, 100)
+        dict(step=s, rss_mb=500.0, open_files=20, checkpoint_s=0.005, wall_s=s / 100 + 0.1) for s in range(0, 900, 100)
     ]
     assert soak.verdict(good, 200)[1]
     for fault in (dict(rss_mb=510.0), dict(open_files=21), dict(checkpoint_s=0.2)):

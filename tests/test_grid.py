@@ -112,7 +112,7 @@ def test_killed_and_interrupted_grid_resumes(tmp_path):
     assert stopped == steps(folder)  # nothing trains on
 
     code, out, err = wait(start(folder, "--resume"))
-    assert code == 0 and "3 done, 0 failed" in out, err
+    assert code == 0 and "3 done, 0 failed" in out, out + err
     assert sorted(steps(folder).values()) == [list(range(10, 1001, 10))] * 3
     assert any("--resume runs/" in cell["attempts"][-1]["command"] for cell in cells(folder).values())
     code, out, err = wait(start(folder, "--resume"))

