@@ -1026,19 +1026,21 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Write tensors and plain values, their size and SHA-256 to checksums.json, and keep the one before.
+    """Write tensors and plain values, their size and SHA-256 to checksums.json, and keep the one before if it is sound.
 
-    checksums.json is first, with the last three of each file, so that at every moment it knows the files there are.
+    checksums.json is first, with the sums of the files that are there, so that at every moment it knows them.
     """
     content = io.BytesIO()
     torch.save(checkpoint, content)
-    sums_path = path.with_name("checksums.json")
+    sums_path, previous = path.with_name("checksums.json"), path.with_name("previous-" + path.name)
     sums = json.loads(sums_path.read_text()) if sums_path.exists() else {}
     known = dict(size=content.tell(), sha256=hashlib.sha256(content.getbuffer()).hexdigest())
-    sums[path.name] = [known, *sums.get(path.name, [])[:2]]
+    there = {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in (path, previous) if p.exists()}
+    sound = [each for each in sums.get(path.name, []) if each["sha256"] in there.values()]
+    sums[path.name] = [known, *sound]
     write_file(sums_path, json.dumps(sums, indent=2).encode())
-    if path.name == "checkpoint.pt" and path.exists():
-        os.replace(path, path.with_name("previous-checkpoint.pt"))
+    if path.name == "checkpoint.pt" and there.get(path) in [each["sha256"] for each in sound]:
+        os.replace(path, previous)
     write_file(path, content.getbuffer())
 
 
@@ -1055,13 +1057,18 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
                 raise ValueError("not as in checksums.json")
         checkpoint = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
         algorithm, saved_args = checkpoint["algorithm"], set(checkpoint.get("args", ()))
+        kinds = dict(args=dict, agent=dict, run=dict, obs_dim=int, action_dim=int, global_step=int, best_return=float)
+        wrong = [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]
     except Exception as e:  # torch.load raises whatever the damage leads to: pickle, zip, runtime, key errors
         reason = str(e) if type(e) is ValueError else type(e).__name__
         raise UserError(f"{path} is not a readable checkpoint ({reason})") from e
-    if algorithm != Path(__file__).stem:
+    if type(algorithm) is not str or algorithm != Path(__file__).stem:
         raise UserError(f"{path} was written by {algorithm}.py; load it with that script")
     if differ := saved_args ^ {field.name for field in dataclasses.fields(Args)}:
-        raise UserError(f"{path} was written by another version of this script: {', '.join(map(str, sorted(differ)))}")
+        differ = ", ".join(sorted(map(str, differ)))
+        raise UserError(f"{path} was written by another version of this script: {differ}")
+    if wrong:
+        raise UserError(f"{path} is not a readable checkpoint (without a proper {', '.join(wrong)})")
     return checkpoint
 
 
@@ -1212,8 +1219,8 @@ def train_robots(args: Args) -> Path | None:
         checkpoint, problem = latest_checkpoint(args.resume)
         if problem and rank == 0:
             print(f"warning: {problem}", file=sys.stderr)
-        if len(checkpoint["ranks"]) != ranks:
-            n = len(checkpoint["ranks"])
+        if len(checkpoint["run"]["ranks"]) != ranks:
+            n = len(checkpoint["run"]["ranks"])
             raise UserError(f"--resume {args.resume}: {ranks} processes; expected {n}: torchrun --nproc-per-node {n}")
         last_step = checkpoint["global_step"] // robots
         if last_step >= args.total_steps:
@@ -1260,8 +1267,8 @@ def train_robots(args: Args) -> Path | None:
     if checkpoint is None:
         buffer.open(buffer_path)
     else:
-        best_return, eval_return = checkpoint["best_return"], checkpoint["eval_return"]
-        episodic_return, own = checkpoint["episodic_return"], checkpoint["ranks"][rank]
+        best_return, eval_return = checkpoint["best_return"], checkpoint["run"]["eval_return"]
+        episodic_return, own = checkpoint["run"]["episodic_return"], checkpoint["run"]["ranks"][rank]
         stats, episodes = [(step, row.to(device)) for step, row in own["stats"]], own["episodes"].to(device)
         buffer.open(buffer_path, own["position"])
         if len(own["rng"]) == len(rng_states(device)):  # else it goes on on another device
@@ -1277,7 +1284,7 @@ def train_robots(args: Args) -> Path | None:
             writer.flush()
             facts = dict(algorithm=Path(__file__).stem, args=dataclasses.asdict(args), obs_dim=sim.obs_dim)
             facts.update(action_dim=sim.action_dim, global_step=global_step, best_return=best_return)
-            facts.update(eval_return=eval_return, episodic_return=episodic_return, ranks=every)
+            facts.update(run=dict(eval_return=eval_return, episodic_return=episodic_return, ranks=every))
             save_checkpoint(run_dir / name, {**facts, **{k: part.state_dict() for k, part in parts.items()}})
 
     def log(name: str, value: float) -> None:

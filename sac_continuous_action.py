@@ -693,7 +693,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         checkpoint = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
         algorithm, saved_args = checkpoint["algorithm"], set(checkpoint.get("args", ()))
         kinds = dict(args=dict, agent=dict, run=dict, obs_dim=int, action_dim=int, global_step=int, best_return=float)
-        wrong = [key for key, kind in kinds.items() if type(checkpoint.get(key)) is not kind]
+        wrong = [key for key, kind in kinds.items() if not isinstance(checkpoint.get(key), kind)]
     except Exception as e:  # torch.load raises whatever the damage leads to: pickle, zip, runtime, key errors
         reason = str(e) if type(e) is ValueError else type(e).__name__
         raise UserError(f"{path} is not a readable checkpoint ({reason})") from e

@@ -380,7 +380,7 @@ def test_two_ranks_train(tmp_path, monkeypatch):
     command = f"torchrun --nproc-per-node 2 two_ranks.py --sim isaacgymenvs --resume runs/{folder.name}"
     assert re.search(r"stopped at step (\d+); go on with: (.*)", stopped.stdout).groups() == ("200", command)
     assert stopped.stderr.count("error:") == 0 and not list(tmp_path.glob("*.pt"))
-    own = script.load_checkpoint(folder / "checkpoint.pt")["ranks"]
+    own = script.load_checkpoint(folder / "checkpoint.pt")["run"]["ranks"]
     assert own[0]["position"] == own[1]["position"] > 600
     assert not torch.equal(own[0]["rng"][0], own[1]["rng"][0])
     rings = [np.fromfile(folder / f"buffer-{rank}.bin", np.float32).reshape(601, 12) for rank in (0, 1)]
@@ -703,7 +703,7 @@ def test_what_reaches_the_buffer_of_a_resumed_run(stand_ins, buffers, monkeypatc
     said = f"stopped at step 35; go on with: python {sys.argv[0]} {early}--resume runs/{folder.name}"
     assert said in capsys.readouterr().out.splitlines()
     checkpoint = script.load_checkpoint(folder / "checkpoint.pt")
-    assert checkpoint["global_step"] == 210 and len(checkpoint["ranks"][0]["stats"]) == 15
+    assert checkpoint["global_step"] == 210 and len(checkpoint["run"]["ranks"][0]["stats"]) == 15
     assert (folder / "buffer-0.bin").stat().st_size == 4 * (6 * 200 + 1) * 12
 
     args = script.parse_flags(["--sim", sim, "--resume", str(folder), "--checkpoint-minutes=3"])
