@@ -133,12 +133,17 @@ class Args:
     """learnable reward shifts b_1(s), b_2(s) in the Q-functions"""
     clipped_double_q: bool = True
     """the smaller V_i' in the target (without it their mean: the paper's ablation with shifts only)"""
+    density: Literal["flow", "mixture"] = "flow"
+    """what pi is: the paper's flow, or a mixture of Gaussians on the box, which has several modes from the start"""
+    components: int = 8
+    """Gaussians of the mixture"""
 
 
 # The paper's settings for MuJoCo; a v5 id takes the v4 preset. On the goal maps the paper's (tau 0.0005, one
 # environment, 4,000 steps) stop far from the optimum of their own objective: README.md says what changed.
 GOAL_MAP = dict(gamma=0.9, sigma_min=-2.0, sigma_max=1.0, num_envs=8, learning_starts=1_000)
 GOAL_MAP |= dict(total_timesteps=16_000, buffer_size=100_000, eval_frequency=2_000)
+GOAL_MAP |= dict(density="mixture", clipped_double_q=False)
 PRESETS = {
     "Hopper-v4": dict(alpha=0.25, total_timesteps=1_500_000),
     "HalfCheetah-v4": dict(alpha=0.25, tau=0.003, sigma_max=2.0, learning_starts=10_000, total_timesteps=1_500_000),
@@ -152,6 +157,8 @@ OWN_POSITIVE = ("alpha", "learning_rate", "max_grad_norm")  # for check_args: wh
 OWN_RANGES = {
     "sigma_min": (lambda args: -20 <= args.sigma_min < args.sigma_max <= 10, "-20 <= sigma_min < sigma_max <= 10"),
     "dropout": (lambda args: 0 <= args.dropout < 1, "in [0, 1)"),
+    "components": (lambda args: args.components > 0, "above 0"),
+    "density": (lambda args: args.density == "flow" or args.reward_shift, "flow, with --no-reward-shift"),
 }
 
 
@@ -496,6 +503,83 @@ class MEow(nn.Module):
         return dict(entropy=entropy, log_sigma=self.value.log_sigma(obs).mean())
 
 
+class MixtureMEow(nn.Module):
+    """The same with pi(.|s) = sum_k w_k(s) N(mu_k(s), sigma_k(s)^2), each Gaussian cut off at the sides of the box.
+
+    If V_i = alpha b_i is a net of its own, Q_i = V_i + alpha log pi, equation (4), makes it the exact soft value of
+    any density that is normalised. K Gaussians hold K modes; a flow has to tear its one Gaussian apart.
+    """
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.alpha, self.obs_dim, self.action_dim = args.alpha, obs_dim, action_dim
+        self.sigma_min, self.sigma_max = args.sigma_min, args.sigma_max
+        self.mixture = StateNet(obs_dim, 256, args.components * (1 + 2 * action_dim))
+        with torch.no_grad():  # at the start equal weights, and the means apart
+            start = self.mixture.bias3.zero_().view(args.components, -1)  # (K, 1 + 2 D)
+            start[:, 1 : 1 + action_dim].uniform_(-0.8, 0.8)
+        self.value = SoftValue(obs_dim, 0, args)  # without action dimensions (3) is V_i = alpha b_i
+
+    def components(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """log w (B, K), mu in [-1, 1] (B, K, D) and log sigma in [sigma_min, sigma_max] (B, K, D)."""
+        h = self.mixture(obs).unflatten(-1, (-1, 1 + 2 * self.action_dim))  # (B, K, 1 + 2 D)
+        log_w, mu, log_sigma = h.split((1, self.action_dim, self.action_dim), -1)
+        log_sigma = self.sigma_min + 0.5 * (self.sigma_max - self.sigma_min) * (torch.tanh(log_sigma) + 1)
+        return torch.log_softmax(log_w[..., 0], -1), torch.tanh(mu), log_sigma
+
+    def act_noise(self, n: int, rng: torch.Generator) -> torch.Tensor:
+        """What `act` takes for n observations: draws (n, 1 + D) from U[0, 1]."""
+        return torch.rand(n, 1 + self.action_dim, generator=rng, device=rng.device)
+
+    def act(self, obs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Actions (B, D) of `noise` (B, 1 + D): its first number draws k, the others are quantiles of that Gaussian."""
+        log_w, mu, log_sigma = self.components(obs)
+        k = (log_w.exp().cumsum(-1)[:, :-1] < noise[:, :1]).sum(-1)[:, None, None]  # (B, 1, 1)
+        mu, scale = (x.take_along_dim(k, 1)[:, 0] for x in (mu, (-log_sigma).exp() / math.sqrt(2)))  # (B, D)
+        low, high = torch.erf((-1 - mu) * scale), torch.erf((1 - mu) * scale)
+        u = (low + (high - low) * noise[:, 1:]).clamp(-1 + 1e-6, 1 - 1e-6)
+        return (mu + torch.erfinv(u) / scale).clamp(-1, 1)
+
+    def sample(self, obs: torch.Tensor, deterministic: bool = False) -> torch.Tensor:
+        """Actions (B, D) of draws or, if deterministic, the mean of the Gaussian that reaches highest."""
+        if not deterministic:
+            return self.act(obs, obs.new_empty(len(obs), 1 + self.action_dim).uniform_())
+        log_w, mu, log_sigma = self.components(obs)
+        k = (log_w - log_sigma.sum(-1)).argmax(-1)[:, None, None]  # (B, 1, 1)
+        return mu.take_along_dim(k, 1)[:, 0]
+
+    def forward(self, obs: torch.Tensor, action: torch.Tensor, drop: None = None) -> torch.Tensor:
+        """Q_1(s,a), Q_2(s,a): (B, 2), what the loss needs. There is no dropout."""
+        return self.q(obs, action)
+
+    def q(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """Q_1(s,a), Q_2(s,a): (B, 2), equation (4)."""
+        return self.v(obs) + self.alpha * self.log_prob(obs, action)[..., None]
+
+    def v(self, obs: torch.Tensor) -> torch.Tensor:
+        """V_1(s), V_2(s): (B, 2), exactly alpha log int exp(Q_i / alpha) da."""
+        return self.value(obs)
+
+    def log_prob(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """log pi(a|s): (B,)."""
+        log_w, mu, log_sigma = self.components(obs)
+        scale = (-log_sigma).exp() / math.sqrt(2)  # (B, K, D)
+        mass = torch.erf((1 - mu) * scale) + torch.erf((1 + mu) * scale)  # twice that of the Gaussian inside the box
+        log_p = -((action[..., None, :] - mu) * scale).square() - log_sigma - mass.log() + 0.5 * math.log(2 / math.pi)
+        return torch.logsumexp(log_w + log_p.sum(-1), -1)
+
+    @torch.no_grad()
+    def statistics(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What is logged of the policy: its entropy (nats) and log sigma, means over batch and Gaussians."""
+        entropy = -self.log_prob(obs, self.sample(obs)).mean()
+        return dict(entropy=entropy, log_sigma=self.components(obs)[2].mean())
+
+
+def make_meow_agent(obs_dim: int, action_dim: int, args: Args) -> MEow | MixtureMEow:
+    """The agent that --density asks for."""
+    return (MEow if args.density == "flow" else MixtureMEow)(obs_dim, action_dim, args)
+
+
 LOSSES = ("qf_loss", "qf1_loss", "qf2_loss", "q1", "q2", "target", "grad_norm")
 
 
@@ -575,7 +659,7 @@ def draw_meow_noise(action_dim: int, args: Args, rng: torch.Generator) -> tuple[
 
     They are drawn outside of what is compiled, so that a recorded update never repeats them.
     """
-    n = 64 // 4 if args.dropout else 0
+    n = 64 // 4 if args.dropout and args.density == "flow" else 0
     bits = torch.empty(4, 2, args.batch_size, n, dtype=torch.int64, device=rng.device)
     return (bits.random_(-(2**63), None, generator=rng).view(torch.int32),)
 
@@ -629,7 +713,7 @@ def make_meow_update(agents: list[MEow], args: Args):
 
 
 # What the code from here on, the same in every script, calls
-Agent, draw_noise, make_update = MEow, draw_meow_noise, make_meow_update
+Agent, draw_noise, make_update = make_meow_agent, draw_meow_noise, make_meow_update
 
 
 @torch.random.fork_rng()

@@ -301,7 +301,9 @@ def measure(agent, trained, env: gym.Env, episodes: int, seed: int = 0) -> Measu
 
     @torch.no_grad()
     def v(obs: np.ndarray) -> np.ndarray:
-        return agent.v(torch.as_tensor(obs, dtype=torch.float32)).amin(-1).numpy()  # the V of the target
+        heads = agent.v(torch.as_tensor(obs, dtype=torch.float32))  # (n, 2)
+        clipped = getattr(trained, "clipped_double_q", True)  # the V of the target
+        return (heads.amin(-1) if clipped else heads.mean(-1)).numpy()
 
     rollouts = rollout(env, policy, episodes, seed)
     optimum = optimum_of(trained.env_id, trained.alpha, trained.gamma)

@@ -1,4 +1,4 @@
-"""MEow, SAC and SQL on the goal maps against the optimum of the objective that they share.
+"""MEow (with its mixture and with the paper's flow), SAC and SQL on the goal maps against their objective's optimum.
 
     python -m benchmark.truth
 
@@ -26,12 +26,13 @@ import tyro
 import multigoal
 
 ROOT = Path(__file__).resolve().parent.parent
+FLAGS = {"meow-flow": ["--density", "flow", "--clipped-double-q"]}
 
 
 @dataclasses.dataclass
 class Args:
-    algorithms: tuple[str, ...] = ("meow", "sac", "sql")
-    """scripts to compare, by the start of their names"""
+    algorithms: tuple[str, ...] = ("meow", "meow-flow", "sac", "sql")
+    """scripts to compare, by the start of their names; meow-flow: with the paper's density and target"""
     env_ids: tuple[str, ...] = multigoal.MAPS
     """maps"""
     seeds: tuple[int, ...] = (1, 2, 3)
@@ -48,8 +49,8 @@ class Args:
 
 def run(args: Args, algorithm: str, env_id: str, seed: int) -> dict:
     """Train and measure: a row of the CSV."""
-    script, name = f"{algorithm}_continuous_action.py", f"truth_{algorithm}_{time.time_ns()}"
-    command = [sys.executable, str(ROOT / script), "--env-id", env_id, "--seed", str(seed)]
+    script, name = f"{algorithm.split('-')[0]}_continuous_action.py", f"truth_{algorithm}_{time.time_ns()}"
+    command = [sys.executable, str(ROOT / script), "--env-id", env_id, "--seed", str(seed), *FLAGS.get(algorithm, [])]
     command += ["--exp-name", name, "--device", "cpu"]
     command += [] if args.total_timesteps is None else ["--total-timesteps", str(args.total_timesteps)]
     start = time.time()

@@ -4,6 +4,7 @@ import copy
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 import meow_continuous_action as meow
@@ -253,3 +254,73 @@ def test_nets_are_the_papers():
         assert all(0 < b.abs().max() <= bound for b, bound in zip(biases, bounds, strict=True))
     obs = torch.randn(100, 11)
     assert (agent.value.log_sigma(obs) >= -5.0).all() and (agent.value.log_sigma(obs) <= -0.3).all()
+
+
+# The mixture
+
+
+def random_mixture(obs_dim: int, action_dim: int, components: int = 5, seed: int = 0) -> meow.MixtureMEow:
+    torch.manual_seed(seed)
+    args = meow.Args(alpha=0.4, sigma_min=-2.0, sigma_max=1.0, density="mixture", components=components)
+    agent = meow.make_meow_agent(obs_dim, action_dim, args).double()
+    with torch.no_grad():
+        for p in agent.parameters():
+            p.normal_(0, 2 / max(p.shape[0] if p.dim() > 1 else 4, 4) ** 0.5)
+    return agent
+
+
+@pytest.mark.parametrize("action_dim, n", [(1, 4000), (2, 300)])
+@torch.no_grad()
+def test_soft_value_of_the_mixture_is_the_integral(action_dim, n):
+    """As for the flow, with narrow and wide Gaussians, in the middle and at the sides."""
+    agent = random_mixture(4, action_dim)
+    middles = (torch.arange(n, dtype=torch.float64) + 0.5) * 2 / n - 1  # of n cells: the density does not end in zeros
+    points, cell = torch.cartesian_prod(*[middles] * action_dim).view(-1, action_dim), (2 / n) ** action_dim
+    for obs in 2 * torch.randn(2, 4, dtype=torch.float64):
+        q = over_grid(agent.q, obs, points)  # (n^D, 2)
+        integral = agent.alpha * (torch.logsumexp(q / agent.alpha, 0) + np.log(cell))  # (2,)
+        v = agent.v(obs[None])[0]
+        assert abs(v[0] - v[1]) > 1e-3
+        torch.testing.assert_close(v, integral, rtol=0, atol=1e-4)
+        assert abs(over_grid(agent.log_prob, obs, points).exp().sum() * cell - 1) < 1e-4
+
+
+@torch.no_grad()
+def test_mixture_against_scipy():
+    """log pi by scipy's truncated normal distribution, and samples against its distribution function."""
+    agent = random_mixture(3, 1)
+    obs = torch.randn(1, 3, dtype=torch.float64)
+    log_w, mu, log_sigma = (x[0].numpy() for x in agent.components(obs))
+    mu, sigma = mu[:, 0], np.exp(log_sigma[:, 0])
+    parts = scipy.stats.truncnorm((-1 - mu) / sigma, (1 - mu) / sigma, mu, sigma)
+    a = np.linspace(-0.99, 0.99, 50)[:, None]
+    expected = np.log((np.exp(log_w) * parts.pdf(a)).sum(-1))
+    found = agent.log_prob(obs.expand(50, 3), torch.from_numpy(a))
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    samples = agent.sample(obs.expand(20_000, 3))[:, 0].numpy()
+    assert scipy.stats.kstest(samples, lambda x: (np.exp(log_w) * parts.cdf(x[:, None])).sum(-1)).pvalue > 0.01
+    assert (np.abs(samples) <= 1).all() and len(np.unique(np.sign(samples))) == 2
+    noise = agent.act_noise(20_000, torch.Generator().manual_seed(0)).double()
+    assert scipy.stats.ks_2samp(samples, agent.act(obs.expand(20_000, 3), noise)[:, 0].numpy()).pvalue > 0.01
+
+
+@torch.no_grad()
+def test_mixture_finds_modes_that_are_there():
+    """Fitted to Q of four equal modes, it samples all of them, and its deterministic action is at one."""
+    torch.manual_seed(0)
+    centres = torch.tensor([[0.6, 0.6], [0.6, -0.6], [-0.6, 0.6], [-0.6, -0.6]])
+    agent = meow.make_meow_agent(1, 2, meow.Args(alpha=1.0, density="mixture", sigma_min=-3.0, sigma_max=0.0))
+    optimizer = torch.optim.Adam(agent.parameters(), lr=3e-3)
+    for _ in range(1500):
+        action = torch.rand(256, 2) * 2 - 1
+        q = torch.logsumexp(-20 * (action[:, None] - centres).square().sum(-1), -1)  # (B,)
+        with torch.enable_grad():
+            loss = (agent.q(torch.zeros(256, 1), action) - q[:, None]).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+        optimizer.step()
+    samples = agent.sample(torch.zeros(4000, 1))
+    nearest = (samples[:, None] - centres).square().sum(-1).min(-1)
+    shares = nearest.indices.bincount(minlength=4) / 4000
+    assert (shares - 0.25).abs().max() < 0.08 and (nearest.values < 0.25).float().mean() > 0.9
+    assert (agent.sample(torch.zeros(1, 1), deterministic=True) - centres).norm(dim=-1).min() < 0.15
