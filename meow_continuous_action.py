@@ -515,10 +515,13 @@ class MixtureMEow(nn.Module):
         self.alpha, self.obs_dim, self.action_dim = args.alpha, obs_dim, action_dim
         self.sigma_min, self.sigma_max = args.sigma_min, args.sigma_max
         self.mixture = StateNet(obs_dim, 256, args.components * (1 + 2 * action_dim))
+        self.value = SoftValue(obs_dim, 0, args)  # without action dimensions (3) is V_i = alpha b_i
         with torch.no_grad():  # at the start equal weights, and the means apart
             start = self.mixture.bias3.zero_().view(args.components, -1)  # (K, 1 + 2 D)
             start[:, 1 : 1 + action_dim].uniform_(-0.8, 0.8)
-        self.value = SoftValue(obs_dim, 0, args)  # without action dimensions (3) is V_i = alpha b_i
+            for net in (self.mixture, *self.value.shift_nets):  # hidden weights as nn.Linear draws them, not zero
+                for weight in (net.weight1, net.weight2):
+                    weight.uniform_(-1, 1).div_(math.sqrt(len(weight)))
 
     def components(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """log w (B, K), mu in [-1, 1] (B, K, D) and log sigma in [sigma_min, sigma_max] (B, K, D)."""
