@@ -41,6 +41,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -189,7 +190,8 @@ def check_args(args: Args) -> None:
     positive += ("checkpoint_frequency", "checkpoint_minutes")
     ranges = {name: (0 < getattr(args, name) < math.inf, "above 0 and finite") for name in positive + OWN_POSITIVE}
     ranges |= {name: (0 <= getattr(args, name) <= 1, "in [0, 1]") for name in ("gamma", "tau")}
-    ranges["seed"] = (0 <= args.seed <= 2**32 - args.num_seeds, "seeds in [0, 2^32)")
+    ranges["seed"] = (0 <= args.seed <= 2**32 - args.num_seeds, "--num-seeds of them in [0, 2^32)")
+    ranges["exp_name"] = (not re.search("[\ud800-\udfff]", args.exp_name), "text")
     ranges["track"] = (not args.track or args.num_seeds == 1, "one seed a process: W&B follows one run at a time")
     ranges |= {name: (holds(args), expected) for name, (holds, expected) in OWN_RANGES.items()}
     ranges["learning_starts"] = (args.learning_starts >= args.num_envs, "at least --num-envs")
@@ -249,6 +251,8 @@ def make_envs(env_id: str, num_envs: int, in_processes: bool = False) -> gym.vec
     makers, mode = [lambda: make_env(env_id)] * num_envs, gym.vector.AutoresetMode.SAME_STEP
     if not in_processes:
         return gym.vector.SyncVectorEnv(makers, autoreset_mode=mode)
+    if "--debug" not in sys.argv:  # a worker's error becomes that of this process; gymnasium warns with its traceback
+        warnings.filterwarnings("ignore", module="gymnasium.vector")
     # Inherited by the processes: Ctrl-C, which a terminal sends to all of them, is for this one alone to act on
     handlers = signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
