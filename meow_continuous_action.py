@@ -511,7 +511,7 @@ class MixtureMEow(nn.Module):
     """The same with pi(.|s) = sum_k w_k(s) N(mu_k(s), sigma_k(s)^2), each Gaussian cut off at the sides of the box.
 
     If V_i = alpha b_i is a net of its own, Q_i = V_i + alpha log pi, equation (4), makes it the exact soft value of
-    any density that is normalised. K Gaussians hold K modes; a flow has to tear its one Gaussian apart.
+    any density that is normalised. A mode can have a Gaussian of its own; a flow has to tear its one Gaussian apart.
     """
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
