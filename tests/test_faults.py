@@ -368,24 +368,24 @@ BOTH = (signal.SIGINT, signal.SIGTERM)
 STOPS = [(script, "Pendulum-v1", number) for script, number in zip(SCRIPTS, 2 * BOTH, strict=True)]
 
 
-@pytest.mark.parametrize("script, env_id, number", [*STOPS, (SCRIPTS[-1], "Hopper-v4", signal.SIGINT)])
+@pytest.mark.parametrize("script, env_id, number", [*STOPS, (SCRIPTS[0], "Hopper-v4", signal.SIGINT)])
 def test_stopped_and_resumed_is_the_same_run(tmp_path, script, env_id, number):
-    cwd = tmp_path / "x"
-    whole = make_run(script, cwd, 1350, env_id=env_id, exp_name="whole")
-    life = Life(script, *flags_of(script, total_timesteps=1350, env_id=env_id, exp_name="stopped"), cwd=cwd)
+    cwd, steps = tmp_path / "x", 1350 if MODULES[script] is meow else 600
+    whole = make_run(script, cwd, steps, env_id=env_id, exp_name="whole")
+    life = Life(script, *flags_of(script, total_timesteps=steps, env_id=env_id, exp_name="stopped"), cwd=cwd)
     until(lambda: steps_of(cwd, "*__stopped__*") >= 110, life)
     assert life.signal(number).wait().code == 128 + number, life.err
     stopped_at, command = re.search(r"stopped at step (\d+); go on with: python (.*)", life.out).groups()
-    assert 110 <= int(stopped_at) <= 350 and shlex.split(command)[0] == str(ROOT / script)  # 1,000 updates to go
+    assert 110 <= int(stopped_at) <= 350 and shlex.split(command)[0] == str(ROOT / script)  # MEow: 1,000 updates to go
     life = Life(script, *shlex.split(command)[1:], cwd=cwd).wait()
     assert life.code == 0, life.err
     stopped = folder_of(cwd, "*__stopped__*")
     a, b = (MODULES[script].load_checkpoint(folder / "checkpoint.pt") for folder in (whole, stopped))
     a["run"]["elapsed"] = b["run"]["elapsed"]
-    assert all(same(a[key], b[key]) for key in a.keys() - {"args"}) and b["run"]["updates"] == 1250
+    assert all(same(a[key], b[key]) for key in a.keys() - {"args"}) and b["run"]["updates"] == steps - 100
     logs = [scalars(folder) for folder in (whole, stopped)]
     sps = [[step for step, _ in log.pop("charts/SPS")] for log in logs]
-    assert logs[0] == logs[1] and sps[0] == sps[1] and len(logs[0]["losses/qf_loss"]) == 13
+    assert logs[0] == logs[1] and sps[0] == sps[1] and len(logs[0]["losses/qf_loss"]) == (steps - 1) // 100
 
 
 def test_command_that_a_stop_prints(tmp_path):

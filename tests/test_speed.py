@@ -50,11 +50,14 @@ def distance(left: dict, right: dict) -> float:
     return max((x - y).abs().max().item() for x, y in pairs if x.numel())
 
 
-@pytest.mark.parametrize("module", MODULES, ids=NAMES)
-def test_seeds_side_by_side_are_the_seeds_alone(module):
-    together, stats = updates(module, [1, 2, 3])
+MIXTURE = (meow, dict(density="mixture"))
+
+
+@pytest.mark.parametrize("module, flags", [*((m, {}) for m in MODULES), MIXTURE], ids=[*NAMES, "mixture"])
+def test_seeds_side_by_side_are_the_seeds_alone(module, flags):
+    together, stats = updates(module, [1, 2, 3], **flags)
     for s, seed in enumerate((1, 2, 3)):
-        (alone,), stats_alone = updates(module, [seed])
+        (alone,), stats_alone = updates(module, [seed], **flags)
         assert distance(together[s], alone) < 1e-10
         torch.testing.assert_close(stats[s], stats_alone[0], rtol=1e-9, atol=1e-9)
     assert distance(together[0], together[1]) > 0.01
@@ -101,7 +104,7 @@ def test_runs_side_by_side_write_what_runs_alone_write(module, tmp_path, monkeyp
     """Folders, logs and checkpoints: those of --seed 5 --num-seeds 2 against --seed 5 and --seed 6."""
     monkeypatch.chdir(tmp_path)
     flags = ["--env-id", GOAL, *short_flags(total_timesteps=400, eval_frequency=200)]
-    flags += ["--dropout", "0"] if module is meow else []
+    flags += ["--dropout", "0", "--density", "flow"] if module is meow else []
     torch.set_default_dtype(torch.float64)
     try:
         both = module.train(module.parse_args([*flags, "--seed=5", "--num-seeds=2", "--exp-name=both"]))
