@@ -1,6 +1,8 @@
 """The measuring commands run as documented, and the committed results have what the README quotes."""
 
 import csv
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -177,3 +179,17 @@ def test_soak(tmp_path):
     for fault in (dict(rss_mb=510.0), dict(open_files=21), dict(checkpoint_s=0.2)):
         assert not soak.verdict([*good, good[-1] | fault], 200)[1]
     assert soak.verdict([good[0] | dict(rss_mb=400.0, open_files=19), *good], 200)[1]  # before it has settled
+
+
+def test_committed_soak_backs_the_readme():
+    (_, rows) = next(iter(results("soak.csv").items()))
+    rows = [{k: x if k in ("file", "commit", "command") else json.loads(x) for k, x in row.items()} for row in rows]
+    assert rows[-1]["step"] == 200_000 and len({row["step"] for row in rows if row["file"] == "checkpoint.pt"}) == 41
+    line, well = soak.verdict(rows, 20_000)
+    readme = " ".join((ROOT / "README.md").read_text().replace(",", "").split())
+    numbers = re.findall(r"[\d.]+", line)  # checkpoints, seconds, memory, step, growth, files, files, share, longest
+    assert well and len(numbers) == 9
+    for text in (f"{numbers[0]} checkpoints in {numbers[1]} s: resident memory {numbers[2]} MB", f"{numbers[4]}% more"):
+        assert text in readme
+    assert f"{numbers[5]} open files throughout {numbers[7]}% of the time for checkpoints" in readme
+    assert f"the longest {numbers[8]} s" in readme
