@@ -111,6 +111,10 @@ if __name__ != "__main__":  # as a program, this file reaches the maps as a user
     gym.register("MultiGoal-v0", "multigoal:MultiGoalEnv", max_episode_steps=1000, kwargs=FOUR)
     gym.register("MultiGoalAsymmetric-v0", "multigoal:MultiGoalEnv", max_episode_steps=30, kwargs=THREE)
 MAPS = ("multigoal:MultiGoal-v0", "multigoal:MultiGoalAsymmetric-v0")
+STATES = {  # where policies are compared with the optimal one; on the second map those of the paper's figure
+    MAPS[0]: ((0, 0), (2.5, 0), (0, 2.5), (-2.5, 0), (0, -2.5), (2.5, 2.5), (-2.5, 2.5), (-2.5, -2.5), (2.5, -2.5)),
+    MAPS[1]: ((-3.5, -2.5), (-2.5, 0.5), (-1, 0), (0, 0), (1, 0), (4, 0)),
+}
 
 
 @dataclasses.dataclass
@@ -210,6 +214,24 @@ def rollout(env: gym.Env, policy: Callable[[np.ndarray], np.ndarray], episodes: 
     return Rollouts(paths, returns, lengths, goals, hits)
 
 
+def kl_divergence(policy: Callable[[np.ndarray], np.ndarray], optimum: SoftOptimum, states, draws: int = 5_000):
+    """KL(pi || pi*) in nats at each of `states` (N, 2): (N,). alpha times it is what V loses if pi chooses once there.
+
+    By a histogram of `draws` actions on the optimum's action grid, the same for every policy, with or without a
+    density, less the bias of a histogram of few draws (Miller and Madow 1955). The other direction, KL(pi* || pi),
+    would be infinite where pi has no draw.
+    """
+    n, kl = round(len(optimum.actions) ** 0.5), []
+    for state in np.asarray(states, dtype=np.float64):
+        actions = policy(np.repeat(state[None], draws, 0).astype(np.float32))  # (draws, 2)
+        count = np.histogram2d(*actions.T, bins=n, range=[(-1, 1), (-1, 1)])[0].ravel()
+        log_best = scipy.special.log_softmax(optimum.q(state[None])[0] / optimum.alpha)  # (A * A,)
+        seen = count > 0
+        share = count[seen] / draws
+        kl.append((share * (np.log(share) - log_best[seen])).sum() - (seen.sum() - 1) / (2 * draws))
+    return np.array(kl)
+
+
 @dataclasses.dataclass
 class Args:
     checkpoint: Path
@@ -282,6 +304,7 @@ class Measured(NamedTuple):
     rmse: float  # of V against V*, over the grid within 5.5 of the origin on each axis, outside the goals
     v_origin: float  # learned V at the origin
     optimum_origin: float  # V* there
+    kl: np.ndarray  # (N,), KL(pi || pi*) at the map's STATES, nats
 
 
 @functools.cache
@@ -289,8 +312,8 @@ def optimum_of(env_id: str, alpha: float, gamma: float) -> SoftOptimum:
     return soft_value_iteration(gym.make(env_id), alpha, gamma)
 
 
-def measure(agent, trained, env: gym.Env, episodes: int, seed: int = 0) -> Measured:
-    """A trained agent against the optimum of its map, temperature and discount. trained: the args of its run."""
+def policy_of(agent, seed: int = 0) -> Callable[[np.ndarray], np.ndarray]:
+    """The agent's sampled actions as a function of arrays, (B, 2) -> (B, 2). Seeds torch's generator."""
     import torch
 
     torch.manual_seed(seed)
@@ -298,6 +321,15 @@ def measure(agent, trained, env: gym.Env, episodes: int, seed: int = 0) -> Measu
     @torch.no_grad()
     def policy(obs: np.ndarray) -> np.ndarray:
         return agent.sample(torch.as_tensor(obs, dtype=torch.float32)).numpy()
+
+    return policy
+
+
+def measure(agent, trained, env: gym.Env, episodes: int, seed: int = 0) -> Measured:
+    """A trained agent against the optimum of its map, temperature and discount. trained: the args of its run."""
+    import torch
+
+    policy = policy_of(agent, seed)
 
     @torch.no_grad()
     def v(obs: np.ndarray) -> np.ndarray:
@@ -316,9 +348,9 @@ def measure(agent, trained, env: gym.Env, episodes: int, seed: int = 0) -> Measu
     rmse = np.sqrt(np.square(difference[outside & (np.abs(grid).max(-1) <= 5.5)]).mean())
     difference = np.where(outside, difference, 0).reshape(n, n)
     origin = np.zeros((1, 2))
-    return Measured(
-        rollouts, optimum, learned.reshape(n, n), difference, float(rmse), float(v(origin)[0]), optimum.v(origin)[0]
-    )
+    v_origin, optimum_origin = float(v(origin)[0]), optimum.v(origin)[0]
+    kl = kl_divergence(policy, optimum, STATES[trained.env_id])
+    return Measured(rollouts, optimum, learned.reshape(n, n), difference, float(rmse), v_origin, optimum_origin, kl)
 
 
 def main(args: Args) -> None:
@@ -337,6 +369,8 @@ def main(args: Args) -> None:
         print(f"wall hit by {hit.sum()}, of which {((rollouts.goals >= 0) & hit).sum()} reached a goal")
     print(f"V(0,0): {measured.v_origin:.1f}, optimum {measured.optimum_origin:.1f}")
     print(f"RMSE of V against V*: {rmse:.1f} (grid within 5.5 of the origin on each axis, outside the goals)")
+    each = ", ".join(f"({x:g}, {y:g}) {kl:.2f}" for (x, y), kl in zip(STATES[trained.env_id], measured.kl, strict=True))
+    print(f"KL(pi || pi*), nats: mean {measured.kl.mean():.2f}; {each}")
 
     output = args.output or args.checkpoint.with_name("multigoal.png")
     titles = (f"V and 20 sampled paths, {sum(counts)} of {args.episodes} reach a goal", f"V - V*, RMSE {rmse:.1f}")

@@ -1,11 +1,14 @@
-"""MEow (with its mixture and with the paper's flow), SAC and SQL on the goal maps against their objective's optimum.
+"""Every algorithm on the goal maps against the optimum of the objective that all of them share, at four temperatures.
 
-    python -m benchmark.truth
+    python -m benchmark.truth --png benchmark/results/truth.png      # shortened runs, all of them in under 2 hours
+    python -m benchmark.truth --presets --csv benchmark/results/truth_presets.csv
 
-Trains each script with its preset, on each map and for each seed, through its command line; measures the last
-checkpoint with multigoal.measure (400 rollouts of sampled actions; V against soft value iteration: SAC's V from 256
-actions of its policy, SQL's from 1024 uniform ones); prints a table for the README. A run whose row is in the CSV is
-not run again, so the command can be interrupted and repeated.
+Trains through the scripts' command lines and measures the last checkpoint with multigoal.measure: 400 rollouts of
+sampled actions, V against soft value iteration (SAC's V from 256 actions of its policy, SQL's from 1024 uniform ones,
+S2AC's from 160 of its particles), KL(pi || pi*) at the map's states by a histogram, and 400 rollouts with the wall up.
+Prints a table for the README and draws a page: V and 20 paths of each algorithm's first seed beside the optimum's.
+A run whose row is in the CSV is not run again, so the command can be interrupted and repeated. Exit code 1: a run
+failed; the others are done.
 """
 
 import csv
@@ -13,6 +16,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -26,97 +30,226 @@ import tyro
 import multigoal
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = {"meow-flow": ["--density", "flow", "--clipped-double-q"]}
+FLAGS = {"meow-flow": "--density flow --clipped-double-q"}  # the paper's density and target
+FLAGS |= {f"s2ac-{variant}": f"--variant {variant}" for variant in ("phi", "phi-theta", "phi-theta-psi")}
+SHORT = {"sql": "--batch-size 64", "s2ac": "--utd 0.25"}  # beside half the presets' steps; by the script
+OWN_ALPHA = dict(zip(multigoal.MAPS, (2.5, 10.0), strict=True))  # the presets'
 
 
 @dataclasses.dataclass
 class Args:
-    algorithms: tuple[str, ...] = ("meow", "meow-flow", "sac", "sql")
-    """scripts to compare, by the start of their names; meow-flow: with the paper's density and target"""
+    algorithms: tuple[str, ...] = ("meow", "meow-flow", "sac", "sql", *(a for a in FLAGS if a.startswith("s2ac")))
+    """scripts to compare, by the start of their names, then the variant; meow-flow: the paper's density and target"""
     env_ids: tuple[str, ...] = multigoal.MAPS
     """maps"""
+    alphas: tuple[float, ...] = (1.0, 2.5, 10.0, 20.0)
+    """temperatures, of the runs and of the optimum that they are compared with"""
     seeds: tuple[int, ...] = (1, 2, 3)
-    """a run of each script on each map for each seed"""
-    total_timesteps: int | None = None
-    """steps of every run, instead of the presets'"""
+    """a run of each script on each map at each temperature for each seed"""
+    presets: bool = False
+    """instead of --alphas each map's own temperature, with the scripts' presets at full length"""
+    total_timesteps: int = 8_000
+    """steps of every run without --presets, an update each (S2AC's: one in four; SQL's with batches of 64)"""
     episodes: int = 400
     """rollouts of a trained policy"""
     jobs: int = 2
     """runs side by side, one thread each"""
+    folder: Path = Path("runs/truth")
+    """folder of the runs and of what the page is drawn from"""
     csv: Path = Path("benchmark/results/truth.csv")
     """results, one row a run"""
+    png: Path | None = None
+    """page of pictures to write"""
 
 
-def run(args: Args, algorithm: str, env_id: str, seed: int) -> dict:
-    """Train and measure: a row of the CSV."""
-    script, name = f"{algorithm.split('-')[0]}_continuous_action.py", f"truth_{algorithm}_{time.time_ns()}"
-    command = [sys.executable, str(ROOT / script), "--env-id", env_id, "--seed", str(seed), *FLAGS.get(algorithm, [])]
-    command += ["--exp-name", name, "--device", "cpu"]
-    command += [] if args.total_timesteps is None else ["--total-timesteps", str(args.total_timesteps)]
+def command_of(args: Args, algorithm: str, env_id: str, alpha: float, seed: int) -> list[str]:
+    """The command line that trains a cell."""
+    script = algorithm.split("-")[0]
+    command = [sys.executable, str(ROOT / f"{script}_continuous_action.py"), "--env-id", env_id, "--seed", str(seed)]
+    command += ["--device", "cpu", *FLAGS.get(algorithm, "").split()]
+    if not args.presets:
+        command += ["--alpha", f"{alpha:g}", "--total-timesteps", str(args.total_timesteps)]
+        command += SHORT.get(script, "").split()
+        command += ["--svgd-step-size", f"{0.01 * alpha:g}"] if script == "s2ac" else []  # the paper's, times alpha
+    return command
+
+
+def saved(args: Args, algorithm: str, env_id: str, alpha: float, seed: int) -> Path:
+    """Where the arrays lie that the page draws of a cell."""
+    return args.folder / f"{algorithm}_{env_id.partition(':')[2]}_{alpha:g}_{seed}.npz"
+
+
+def run(args: Args, algorithm: str, env_id: str, alpha: float, seed: int) -> dict:
+    """Train and measure: a row of the CSV. Raises RuntimeError with the end of the script's errors."""
+    name = f"truth_{algorithm}_{time.time_ns()}"
+    command = command_of(args, algorithm, env_id, alpha, seed)
     start = time.time()
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run([*command, "--exp-name", name], cwd=args.folder, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {done.stderr[-2000:]}")
+        raise RuntimeError(f"{shlex.join(command)}: exit code {done.returncode}: {done.stderr[-2000:]}")
     seconds = time.time() - start
-    (folder,) = Path("runs").glob(f"*__{name}__*")
+    (folder,) = (args.folder / "runs").glob(f"*__{name}__*")
     agent, trained = multigoal.load_policy(folder / "checkpoint.pt")
-    measured = multigoal.measure(agent, trained, gym.make(env_id), args.episodes)
-    rollouts, facts = measured.rollouts, json.loads((folder / "args.json").read_text())
-    goals = [int((rollouts.goals == g).sum()) for g in range(len(gym.make(env_id).unwrapped.goals))]
+    env, walled = gym.make(env_id), gym.make(env_id, obstacle=True)
+    measured = multigoal.measure(agent, trained, env, args.episodes)
+    rollouts = measured.rollouts
+    np.savez(saved(args, algorithm, env_id, alpha, seed), *rollouts.paths[:20], v=measured.v)
+    facts = json.loads((folder / "args.json").read_text())
     row = dict(env_id=env_id, algorithm=algorithm, alpha=trained.alpha, gamma=trained.gamma, seed=seed)
-    row |= dict(steps=trained.total_timesteps, reached=sum(goals), goals=" / ".join(map(str, goals)))
-    row |= {"return": round(float(rollouts.returns.mean()), 1), "length": round(float(rollouts.lengths.mean()), 2)}
+    row |= dict(steps=trained.total_timesteps) | counts(env, rollouts)
     row |= dict(v_origin=round(measured.v_origin, 1), optimum_origin=round(float(measured.optimum_origin), 1))
-    row |= dict(rmse=round(measured.rmse, 1), seconds=round(seconds), commit=facts["commit"], machine=facts["machine"])
-    return row | dict(command=facts["command"])
+    row |= dict(rmse=round(measured.rmse, 1), kl=round(float(measured.kl.mean()), 3))
+    row |= hit_counts(multigoal.rollout(walled, multigoal.policy_of(agent), args.episodes))
+    row |= dict(seconds=round(seconds), commit=facts["commit"], machine=facts["machine"])
+    return row | dict(command=shlex.join([Path(command[1]).name, *command[2:]]))
 
 
-def optimum(env_id: str, alpha: float, gamma: float, episodes: int) -> tuple[str, float, float, float]:
-    """Goals, return, length of the optimal policy's rollouts and V*(0,0)."""
+def counts(env: gym.Env, rollouts: multigoal.Rollouts) -> dict:
+    """Columns of the CSV: goals reached, in all and each, mean return and length."""
+    goals = [int((rollouts.goals == g).sum()) for g in range(len(env.unwrapped.goals))]
+    means = {"return": round(float(rollouts.returns.mean()), 1), "length": round(float(rollouts.lengths.mean()), 2)}
+    return dict(reached=sum(goals), goals=" / ".join(map(str, goals))) | means
+
+
+def hit_counts(rollouts: multigoal.Rollouts) -> dict:
+    """Columns of the CSV: rollouts that ran into the wall, and how many of them reached a goal."""
+    return dict(hits=int(rollouts.hits.sum()), reached_after_hit=int((rollouts.hits & (rollouts.goals >= 0)).sum()))
+
+
+def optimum(env_id: str, alpha: float, gamma: float, episodes: int) -> tuple[dict, multigoal.Rollouts]:
+    """The row of the optimal policy, and its rollouts."""
     env, best = gym.make(env_id), multigoal.optimum_of(env_id, alpha, gamma)
     rng = np.random.default_rng(0)
     rollouts = multigoal.rollout(env, lambda obs: best.policy(obs, rng), episodes)
-    goals = " / ".join(str((rollouts.goals == g).sum()) for g in range(len(env.unwrapped.goals)))
-    return goals, rollouts.returns.mean(), rollouts.lengths.mean(), best.v(np.zeros((1, 2)))[0]
+    walled = multigoal.rollout(gym.make(env_id, obstacle=True), lambda obs: best.policy(obs, rng), episodes)
+    row = dict(algorithm="optimum", v_origin=best.v(np.zeros((1, 2)))[0], rmse=0, kl=0, seconds="")
+    return row | counts(env, rollouts) | hit_counts(walled), rollouts
+
+
+def cells_of(rows: list[dict]) -> dict[tuple[str, float], dict[str, list[dict]]]:
+    """(map, alpha) -> algorithm -> its rows by seed."""
+    cells = {}
+    for row in sorted(rows, key=lambda row: (row["env_id"], float(row["alpha"]), row["algorithm"], int(row["seed"]))):
+        cells.setdefault((row["env_id"], float(row["alpha"])), {}).setdefault(row["algorithm"], []).append(row)
+    return cells
+
+
+def spread(rows: list[dict], key: str, digits: int) -> str:
+    """Mean and, of several, range of a column that may be empty."""
+    x = [float(row[key]) for row in rows if row.get(key, "") != ""]
+    if not x:
+        return ""
+    mean = f"{sum(x) / len(x):.{digits}f}"
+    return mean if len(x) == 1 else f"{mean} ({min(x):.{digits}f} to {max(x):.{digits}f})"
 
 
 def table(rows: list[dict], episodes: int) -> str:
-    """Markdown: a row a run, and the optimum's, for each map."""
-    lines = ["| map | algorithm | seed | reach a goal | each goal | return | length | V(0,0) | RMSE of V | time |"]
-    lines.append("|" + "---|" * 10)
-    for env_id in dict.fromkeys(row["env_id"] for row in rows):
-        name = env_id.partition(":")[2]
-        chosen = [row for row in rows if row["env_id"] == env_id]
-        chosen.sort(key=lambda row: (row["algorithm"], int(row["seed"])))
-        for r in chosen:
-            lines.append(
-                f"| {name} | {r['algorithm']} | {r['seed']} | {r['reached']} of {episodes} | {r['goals']} | "
-                f"{r['return']} | {r['length']} | {r['v_origin']} | {r['rmse']} | {r['seconds']} s |"
-            )
-        goals, mean_return, length, v = optimum(env_id, float(r["alpha"]), float(r["gamma"]), episodes)
-        reached = f"{sum(map(int, goals.split(' / ')))} of {episodes}"
-        lines.append(f"| {name} | optimum | | {reached} | {goals} | {mean_return:.1f} | {length:.2f} | {v:.1f} | 0 | |")
+    """Markdown: a row an algorithm, over its seeds, and the optimum's, for each map and temperature."""
+    head = "map | alpha | algorithm | seeds | reach a goal, % | each goal, % | least, % | return | length | V(0,0)"
+    head += " | RMSE of V | KL, nats | hit the wall, % | then reach a goal, % | time, s"
+    lines = [f"| {head} |", "|" + "---|" * 15]
+    for (env_id, alpha), algorithms in cells_of(rows).items():
+        gamma = float(next(iter(algorithms.values()))[0]["gamma"])
+        best = optimum(env_id, alpha, gamma, episodes)[0]
+        for algorithm, runs in [*algorithms.items(), ("optimum", [best])]:
+            goals = np.array([row["goals"].split(" / ") for row in runs], dtype=float) * 100 / episodes  # (S, G)
+            each = " / ".join(f"{share:.0f}" for share in goals.mean(0))
+            hits = [int(row["hits"]) for row in runs if row.get("hits", "") != ""]
+            after = [int(row["reached_after_hit"]) for row in runs if row.get("hits", "") != ""]
+            cells = [env_id.partition(":")[2], f"{alpha:g}", algorithm, "" if algorithm == "optimum" else len(runs)]
+            cells += [f"{goals.sum(1).mean():.0f}", each, f"{goals.min():.0f}", spread(runs, "return", 0)]
+            cells += [spread(runs, "length", 1), spread(runs, "v_origin", 1), spread(runs, "rmse", 1)]
+            cells += [spread(runs, "kl", 2), f"{100 * sum(hits) / episodes / len(hits):.0f}" if hits else ""]
+            cells += [f"{100 * sum(after) / sum(hits):.0f}" if sum(hits) else "", spread(runs, "seconds", 0)]
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 
-def main(args: Args) -> None:
+def draw(args: Args, rows: list[dict]) -> None:
+    """The page: a row of panels for each map and temperature, a column for the optimum and each algorithm."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    cells = cells_of(rows)
+    columns = ["optimum", *(a for a in args.algorithms if any(a in cell for cell in cells.values()))]
+    size = dict(figsize=(1.7 * len(columns), 1.75 * len(cells) + 0.3), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(len(cells), len(columns), sharex=True, sharey=True, **size)
+    for line, ((env_id, alpha), algorithms) in zip(axes, cells.items(), strict=True):
+        env, gamma = gym.make(env_id).unwrapped, float(next(iter(algorithms.values()))[0]["gamma"])
+        best = multigoal.optimum_of(env_id, alpha, gamma)
+        for ax, name in zip(line, columns, strict=True):
+            if name == "optimum":
+                v, paths, title = best.values, optimum(env_id, alpha, gamma, 20)[1].paths, "optimum"
+            else:
+                row = algorithms.get(name, [None])[0]
+                file = row and saved(args, name, env_id, alpha, int(row["seed"]))
+                if row is None or not file.is_file():
+                    ax.set_title(f"{name}: no run here", fontsize=6)
+                    continue
+                arrays = np.load(file)
+                v, paths = arrays["v"], [arrays[key] for key in arrays.files if key != "v"]
+                title = f"{name}, RMSE {row['rmse']}, KL {float(row['kl']):.2f}"
+            low, high = best.values.min(), best.values.max()
+            ax.pcolormesh(best.axis, best.axis, v.T, vmin=low, vmax=high, shading="gouraud", rasterized=True)
+            for path in paths:
+                ax.plot(*path.T, color="black", linewidth=0.5)
+            for goal in env.goals:
+                ax.add_patch(plt.Circle(goal, env.radius, fill=False, color="tab:red"))
+            ax.set_title(title, fontsize=6)
+            ax.set(xlim=(-multigoal.BOUND, multigoal.BOUND), ylim=(-multigoal.BOUND, multigoal.BOUND), aspect="equal")
+            ax.tick_params(labelsize=5)
+        line[0].set_ylabel(f"{env_id.partition(':')[2]}, alpha {alpha:g}", fontsize=6)
+    args.png.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.png, dpi=100)
+    plt.close(figure)
+    print(f"page: {args.png}")
+
+
+def main(args: Args) -> int:
+    """Exit code: 0, or 1 if a run failed."""
+    args = dataclasses.replace(args, folder=args.folder.resolve())
+    args.folder.mkdir(parents=True, exist_ok=True)
+    args.csv.parent.mkdir(parents=True, exist_ok=True)
     rows = list(csv.DictReader(args.csv.read_text().splitlines())) if args.csv.exists() else []
-    finished = {(row["algorithm"], row["env_id"], int(row["seed"])) for row in rows}
-    wanted = [(a, e, s) for s in args.seeds for e in args.env_ids for a in args.algorithms]
+    finished = {(row["algorithm"], row["env_id"], float(row["alpha"]), int(row["seed"])) for row in rows}
+    wanted = [
+        (algorithm, env_id, alpha, seed)
+        for seed in args.seeds
+        for env_id in args.env_ids
+        for alpha in ((OWN_ALPHA[env_id],) if args.presets else args.alphas)
+        for algorithm in args.algorithms
+    ]
+    todo = [cell for cell in wanted if cell not in finished]
     os.environ["OMP_NUM_THREADS"] = "1"
+    start, failed = time.time(), []
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(run, args, *job): job for job in wanted if job not in finished}
-        for future in as_completed(futures):
-            row = future.result()
+        futures = {pool.submit(run, args, *cell): cell for cell in todo}
+        for done, future in enumerate(as_completed(futures), 1):
+            left = (time.time() - start) * (len(todo) - done) / done / 60
+            algorithm, env_id, alpha, seed = futures[future]
+            progress = f"{done} of {len(todo)}, {left:.0f} min to go: {algorithm} {env_id} alpha {alpha:g} seed {seed}"
+            try:
+                row = future.result()
+            except Exception as e:  # whatever ended this run; the others go on, and the exit code says so
+                failed.append(f"{algorithm} {env_id} alpha {alpha:g} seed {seed}")
+                print(f"{progress} failed: {e}", file=sys.stderr, flush=True)
+                continue
             rows.append(row)
-            print({key: row[key] for key in list(row)[:-3]}, flush=True)
-            args.csv.parent.mkdir(parents=True, exist_ok=True)
+            shown = ("reached", "goals", "return", "v_origin", "rmse", "kl", "hits", "reached_after_hit", "seconds")
+            print(progress, *(f"{key} {row[key]}" for key in shown), sep=", ", flush=True)
             with open(args.csv, "w", newline="") as f:
                 writer = csv.DictWriter(f, row.keys(), lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(rows)
     print(table(rows, args.episodes))
+    if args.png:
+        draw(args, rows)
+    if failed:
+        print(f"failed: {'; '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    sys.exit(main(tyro.cli(Args)))

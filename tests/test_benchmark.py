@@ -58,24 +58,36 @@ def test_committed_curves_back_the_readme():
 
 def test_committed_goal_maps_back_the_readme():
     """The README's table is the one that the command prints from the committed runs: three seeds each."""
-    ((_, rows),) = results("truth.csv").items()
+    ((_, rows),) = results("truth_presets.csv").items()
     assert len(rows) == 2 * 4 * 3
     assert truth.table(rows, 400) in (ROOT / "README.md").read_text()
     four = [row for row in rows if row["env_id"] == "multigoal:MultiGoal-v0"]
     assert all(row["reached"] == "400" for row in four if row["algorithm"] == "sql")
 
 
-def test_goal_map_command(tmp_path, monkeypatch, capsys):
-    """Trains and measures what is not in the CSV yet, and prints the table; a second call runs nothing."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    args = truth.Args(("sac",), truth.multigoal.MAPS[:1], (1,), 1040, 5, 1, tmp_path / "truth.csv")
-    truth.main(args)
+def test_goal_map_command(tmp_path, capsys):
+    """Trains and measures what is not in the CSV yet, prints and draws; a second call runs nothing."""
+    short = dict(alphas=(1.0,), seeds=(1,), total_timesteps=1040, episodes=5, jobs=2, folder=tmp_path / "runs")
+    env_ids = truth.multigoal.MAPS[1:]
+    args = truth.Args(("sac",), env_ids, csv=tmp_path / "truth.csv", png=tmp_path / "truth.png", **short)
+    assert truth.main(args) == 0
     table = capsys.readouterr().out
-    assert "| MultiGoal-v0 | sac | 1 |" in table and "| MultiGoal-v0 | optimum | | 5 of 5 |" in table
+    assert "| MultiGoalAsymmetric-v0 | 1 | sac | 1 |" in table and "| MultiGoalAsymmetric-v0 | 1 | optimum |  |" in table
+    assert (tmp_path / "truth.png").stat().st_size > 20_000
     written = (tmp_path / "truth.csv").read_text()
-    truth.main(args)
-    assert (tmp_path / "truth.csv").read_text() == written and "reached" not in capsys.readouterr().out
+    for row in csv.DictReader(written.splitlines()):
+        assert row["alpha"] == "1.0" and float(row["kl"]) > 0.1 and 0 <= int(row["reached_after_hit"]) <= int(row["hits"])
+    assert truth.main(args) == 0
+    assert (tmp_path / "truth.csv").read_text() == written and "to go" not in capsys.readouterr().out
+
+
+def test_goal_map_command_reports_what_fails(tmp_path, capsys):
+    """A temperature that the script refuses: said with the script's own line, exit code 1, nothing in the CSV."""
+    cell = dict(env_ids=truth.multigoal.MAPS[:1], alphas=(-1.0,), seeds=(1,), folder=tmp_path / "runs")
+    assert truth.main(truth.Args(("sac",), csv=tmp_path / "truth.csv", **cell)) == 1
+    printed = capsys.readouterr().err
+    assert "alpha" in printed and "failed: sac multigoal:MultiGoal-v0 alpha -1 seed 1" in printed
+    assert not (tmp_path / "truth.csv").exists()
 
 
 def test_committed_comparison_with_sb3_backs_the_readme(capsys):

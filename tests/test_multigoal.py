@@ -125,6 +125,23 @@ def test_optimum_satisfies_the_soft_bellman_equation():
         assert optimum.v(x[None])[0] == pytest.approx(v, abs=0.5)
 
 
+@pytest.mark.parametrize("env_id, alpha, gamma", [(FOUR, 2.5, 0.9), (THREE, 10.0, 0.8)])
+def test_kl_divergence(env_id, alpha, gamma):
+    """Of the optimal policy 0; of uniform actions E[-log 4 - (Q* - V*) / alpha], by other actions and no histogram."""
+    env = gym.make(env_id).unwrapped
+    optimum = multigoal.soft_value_iteration(env, alpha, gamma, states=29)
+    rng = np.random.default_rng(0)
+    states = np.array(multigoal.STATES[env_id], dtype=float)
+    assert np.abs(multigoal.kl_divergence(lambda obs: optimum.policy(obs, rng), optimum, states)).max() < 0.04
+    kl = multigoal.kl_divergence(lambda obs: rng.uniform(-1, 1, obs.shape), optimum, states)
+    actions = rng.uniform(-1, 1, (50_000, 2))
+    for state, value in zip(states, kl, strict=True):
+        next_x, reward, goal, _ = env.transition(state, actions)
+        q = reward + gamma * (goal < 0) * optimum.v(next_x)
+        expected = -np.log(4) - (q.mean() - optimum.v(state[None])[0]) / alpha
+        assert abs(value - expected) < 4 * q.std() / alpha / 5_000**0.5 + 0.04
+
+
 def test_optimum_is_symmetric():
     optimum = multigoal.soft_value_iteration(gym.make(FOUR), 2.5, 0.9)
     values = optimum.values
