@@ -203,7 +203,9 @@ def rollout(env: gym.Env, policy: Callable[[np.ndarray], np.ndarray], episodes: 
     goals, hits = np.full(episodes, -1), np.zeros(episodes, dtype=bool)
     while (goals < 0).any() and len(positions) <= horizon:
         active = goals < 0
-        next_x, reward, goal, hit = env.transition(x, policy(x.astype(np.float32)))
+        actions = np.zeros_like(x)
+        actions[active] = policy(x[active].astype(np.float32))
+        next_x, reward, goal, hit = env.transition(x, actions)
         returns += reward * active
         lengths += active
         hits |= hit & active

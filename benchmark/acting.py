@@ -1,16 +1,21 @@
 """Time of choosing one action: S2AC's variants, SQL and SAC, beside the paper's relative times.
 
-    python -m benchmark.acting
+    python -m benchmark.acting --csv benchmark/results/acting.csv
 
 One state, no GPU, one thread, not compiled; agents as they are initialised, each with its MuJoCo preset. `draw` is
 agent.sample(obs), `evaluation` agent.sample(obs, deterministic=True). Batches of calls of all agents are interleaved,
 so that a machine that changes its pace does so for all; of each the best batch counts. Relative times are to SAC's.
+Printed: a table for the README.
 """
 
+import csv
 import dataclasses
 import os
 import platform
+import shlex
+import sys
 import time
+from pathlib import Path
 
 import torch
 import tyro
@@ -31,6 +36,8 @@ class Args:
     """calls in a batch"""
     repeats: int = 20
     """batches of each agent"""
+    csv: Path | None = None
+    """table to write, one row an agent and task"""
 
 
 def agents(env_id: str) -> dict[str, torch.nn.Module]:
@@ -56,21 +63,38 @@ def milliseconds(found: dict[str, torch.nn.Module], obs: torch.Tensor, args: Arg
     return {key: min(batches[1:]) for key, batches in times.items()}
 
 
+def table(rows: list[dict]) -> str:
+    """Markdown: a row an agent and task."""
+    lines = ["| task | algorithm | draw, ms | of SAC's | evaluation, ms | of SAC's | in the paper |", "|" + "---|" * 7]
+    base = {row["env_id"]: row for row in rows if row["algorithm"] == "SAC"}
+    for row in rows:
+        cells = [row["env_id"], row["algorithm"]]
+        for key in ("draw_ms", "evaluation_ms"):
+            cells += [row[key], f"{float(row[key]) / float(base[row['env_id']][key]):.2f}"]
+        lines.append(f"| {' | '.join(cells)} | {PAPER.get(row['algorithm'], '')} |")
+    return "\n".join(lines)
+
+
 def main(args: Args) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print(f"1 of {os.cpu_count()} threads, torch {torch.__version__}, {platform.machine()}\n")
-    print("| task | algorithm | draw, ms | relative | evaluation, ms | relative | in the paper |")
-    print("|" + "---|" * 7)
+    machine = f"{platform.machine()}, 1 of {os.cpu_count()} threads, torch {torch.__version__}"
+    command = shlex.join(["python", "-m", "benchmark.acting", *sys.argv[1:]])
+    rows = []
     for env_id in args.env_ids:
         found = agents(env_id)
         times = milliseconds(found, torch.randn(1, SIZES[env_id][0]), args)
         for name in found:
-            cells = []
-            for deterministic in (False, True):
-                best = times[name, deterministic]
-                cells += [f"{best:.3f}", f"{best / times['SAC', deterministic]:.2f}"]
-            print(f"| {env_id} | {name} | {' | '.join(cells)} | {PAPER.get(name, '')} |", flush=True)
+            row = dict(env_id=env_id, algorithm=name, draw_ms=f"{times[name, False]:.3f}")
+            row |= dict(evaluation_ms=f"{times[name, True]:.3f}", commit=sac.commit(), machine=machine, command=command)
+            rows.append(row)
+    print(table(rows))
+    if args.csv is not None:
+        args.csv.parent.mkdir(parents=True, exist_ok=True)
+        with open(args.csv, "w", newline="") as f:
+            writer = csv.DictWriter(f, rows[0].keys(), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
 
 
 if __name__ == "__main__":

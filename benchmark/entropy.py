@@ -10,12 +10,14 @@ of mixtures by quadrature.
 
 Columns of the CSV: estimate and spread are the mean over the seeds of -mean log q^L and its standard deviation;
 particles' entropy is that of a Gaussian with the particles' covariance: for a Gaussian target it says whether the
-particles have arrived, whatever (3) says of them.
+particles have arrived, whatever (3) says of them. Printed: a table for the README.
 """
 
 import csv
 import dataclasses
 import math
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -127,9 +129,24 @@ def draw(rows: list[dict], args: Args) -> None:
     plt.close(figure)
 
 
+def table(rows: list[dict]) -> str:
+    """Markdown: exact entropies, and what is estimated by bandwidth, in the paper's setting otherwise."""
+    names = ["paper's 5" if sigma == PAPER["sigma"] else str(sigma) for sigma in SWEEPS["sigma"]]
+    lines = ["| target | exact | " + " | ".join(f"sigma {name}" for name in names) + " | Gaussian of the particles |"]
+    lines.append("|" + "---|" * (len(names) + 3))
+    for target in dict.fromkeys(row["target"] for row in rows):
+        by_sigma = {str(r["sigma"]): r for r in rows if (r["target"], r["varied"]) == (target, "sigma")}
+        chosen = [by_sigma[str(sigma)] for sigma in SWEEPS["sigma"]]
+        cells = [f"{float(r['estimate']):.2f} ± {float(r['spread']):.2f}" for r in chosen]
+        arrived = f"{float(by_sigma[str(PAPER['sigma'])]['particles_entropy']):.2f}"
+        lines.append(f"| {target} | {float(chosen[0]['exact']):.3f} | {' | '.join(cells)} | {arrived} |")
+    return "\n".join(lines)
+
+
 def main(args: Args) -> None:
     torch.manual_seed(args.seed)
-    rows = []
+    command = shlex.join(["python", "-m", "benchmark.entropy", *sys.argv[1:]])
+    rows, facts = [], dict(commit=s2ac.commit(), command=command)
     for target in targets():
         exact = target.entropy()
         for varied, values in SWEEPS.items():
@@ -139,16 +156,15 @@ def main(args: Args) -> None:
                 row = dict(target=target.name, varied=varied, **settings, step_size=EPS, seeds=args.seeds)
                 row |= dict(estimate=estimates.mean().item(), spread=estimates.std().item(), exact=exact)
                 row["particles_entropy"] = particles_entropy(u)
-                rows.append({k: float(f"{x:.5g}") if isinstance(x, float) else x for k, x in row.items()})
-        chosen = [r for r in rows if r["target"] == target.name and r["varied"] == "sigma"]
-        found = ", ".join(f"{r['sigma']}: {r['estimate']:.2f}" for r in chosen)
-        print(f"{target.name}: exact {exact:.3f}; by sigma {found}", flush=True)
+                rows.append({k: float(f"{x:.5g}") if isinstance(x, float) else x for k, x in row.items()} | facts)
     args.csv.parent.mkdir(parents=True, exist_ok=True)
     with open(args.csv, "w", newline="") as f:
         writer = csv.DictWriter(f, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+    print(table(rows))
     if args.png is not None:
+        args.png.parent.mkdir(parents=True, exist_ok=True)
         draw(rows, args)
 
 

@@ -5,7 +5,8 @@
 
 Trains through the scripts' command lines and measures the last checkpoint with multigoal.measure: 400 rollouts of
 sampled actions, V against soft value iteration (SAC's V from 256 actions of its policy, SQL's from 1024 uniform ones,
-S2AC's from 160 of its particles), KL(pi || pi*) at the map's states by a histogram, and 400 rollouts with the wall up.
+S2AC's from 160 of its particles), KL(pi || pi*) at the map's states by a histogram, and 400 rollouts of at most 30
+steps with the wall up, counting those that run into it and reach a goal all the same.
 Prints a table for the README and draws a page: V and 20 paths of each algorithm's first seed beside the optimum's.
 A run whose row is in the CSV is not run again, so the command can be interrupted and repeated. Exit code 1: a run
 failed; the others are done.
@@ -20,6 +21,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
@@ -90,7 +92,7 @@ def run(args: Args, algorithm: str, env_id: str, alpha: float, seed: int) -> dic
     seconds = time.time() - start
     (folder,) = (args.folder / "runs").glob(f"*__{name}__*")
     agent, trained = multigoal.load_policy(folder / "checkpoint.pt")
-    env, walled = gym.make(env_id), gym.make(env_id, obstacle=True)
+    env = gym.make(env_id)
     measured = multigoal.measure(agent, trained, env, args.episodes)
     rollouts = measured.rollouts
     np.savez(saved(args, algorithm, env_id, alpha, seed), *rollouts.paths[:20], v=measured.v)
@@ -99,7 +101,7 @@ def run(args: Args, algorithm: str, env_id: str, alpha: float, seed: int) -> dic
     row |= dict(steps=trained.total_timesteps) | counts(env, rollouts)
     row |= dict(v_origin=round(measured.v_origin, 1), optimum_origin=round(float(measured.optimum_origin), 1))
     row |= dict(rmse=round(measured.rmse, 1), kl=round(float(measured.kl.mean()), 3))
-    row |= hit_counts(multigoal.rollout(walled, multigoal.policy_of(agent), args.episodes))
+    row |= hit_counts(env_id, multigoal.policy_of(agent), args.episodes)
     row |= dict(seconds=round(seconds), commit=facts["commit"], machine=facts["machine"])
     return row | dict(command=shlex.join([Path(command[1]).name, *command[2:]]))
 
@@ -111,8 +113,10 @@ def counts(env: gym.Env, rollouts: multigoal.Rollouts) -> dict:
     return dict(reached=sum(goals), goals=" / ".join(map(str, goals))) | means
 
 
-def hit_counts(rollouts: multigoal.Rollouts) -> dict:
-    """Columns of the CSV: rollouts that ran into the wall, and how many of them reached a goal."""
+def hit_counts(env_id: str, policy: Callable[[np.ndarray], np.ndarray], episodes: int) -> dict:
+    """Columns of the CSV: rollouts that run into the wall, and how many of these reach a goal within 30 steps."""
+    env = gym.make(env_id, obstacle=True, max_episode_steps=30)
+    rollouts = multigoal.rollout(env, policy, episodes)
     return dict(hits=int(rollouts.hits.sum()), reached_after_hit=int((rollouts.hits & (rollouts.goals >= 0)).sum()))
 
 
@@ -120,10 +124,13 @@ def optimum(env_id: str, alpha: float, gamma: float, episodes: int) -> tuple[dic
     """The row of the optimal policy, and its rollouts."""
     env, best = gym.make(env_id), multigoal.optimum_of(env_id, alpha, gamma)
     rng = np.random.default_rng(0)
-    rollouts = multigoal.rollout(env, lambda obs: best.policy(obs, rng), episodes)
-    walled = multigoal.rollout(gym.make(env_id, obstacle=True), lambda obs: best.policy(obs, rng), episodes)
+
+    def policy(obs: np.ndarray) -> np.ndarray:
+        return best.policy(obs, rng)
+
+    rollouts = multigoal.rollout(env, policy, episodes)
     row = dict(algorithm="optimum", v_origin=best.v(np.zeros((1, 2)))[0], rmse=0, kl=0, seconds="")
-    return row | counts(env, rollouts) | hit_counts(walled), rollouts
+    return row | counts(env, rollouts) | hit_counts(env_id, policy, episodes), rollouts
 
 
 def cells_of(rows: list[dict]) -> dict[tuple[str, float], dict[str, list[dict]]]:
@@ -157,7 +164,7 @@ def table(rows: list[dict], episodes: int) -> str:
             hits = [int(row["hits"]) for row in runs if row.get("hits", "") != ""]
             after = [int(row["reached_after_hit"]) for row in runs if row.get("hits", "") != ""]
             cells = [env_id.partition(":")[2], f"{alpha:g}", algorithm, "" if algorithm == "optimum" else len(runs)]
-            cells += [f"{goals.sum(1).mean():.0f}", each, f"{goals.min():.0f}", spread(runs, "return", 0)]
+            cells += [f"{goals.sum(1).mean():.0f}", each, f"{goals.min():.0f}", spread(runs, "return", 1)]
             cells += [spread(runs, "length", 1), spread(runs, "v_origin", 1), spread(runs, "rmse", 1)]
             cells += [spread(runs, "kl", 2), f"{100 * sum(hits) / episodes / len(hits):.0f}" if hits else ""]
             cells += [f"{100 * sum(after) / sum(hits):.0f}" if sum(hits) else "", spread(runs, "seconds", 0)]
