@@ -1,0 +1,24 @@
+"""Commands that measure: each module's first lines say what it does and how to call it."""
+
+import csv
+import io
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def write_csv(path: Path, rows: Iterable[dict], columns: Iterable[str] | None = None) -> None:
+    """Write rows under `columns`, by default the last row's; a column that a row lacks is empty there.
+
+    The file is, at every moment, the old one or the new one, whole. Makes its folder. Raises ValueError for a row with
+    another column.
+    """
+    rows = list(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[-1] if columns is None else columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    new = path.with_name(f".{path.name}.{os.getpid()}")
+    new.write_text(text.getvalue())
+    new.replace(path)

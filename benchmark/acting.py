@@ -8,7 +8,6 @@ so that a machine that changes its pace does so for all; of each the best batch 
 Printed: a table for the README.
 """
 
-import csv
 import dataclasses
 import os
 import platform
@@ -23,6 +22,7 @@ import tyro
 import s2ac_continuous_action as s2ac
 import sac_continuous_action as sac
 import sql_continuous_action as sql
+from benchmark import write_csv
 
 SIZES = {"Hopper-v4": (11, 3), "HalfCheetah-v4": (17, 6), "Ant-v4": (27, 8)}  # (O, D)
 PAPER = {"SAC": "1", "SQL": "1.15", "S2AC phi-theta": "4.5 (D = 3) to 8.4 (D = 8)", "S2AC phi-theta-psi": "1.15"}
@@ -90,11 +90,7 @@ def main(args: Args) -> None:
             rows.append(row)
     print(table(rows))
     if args.csv is not None:
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.csv, "w", newline="") as f:
-            writer = csv.DictWriter(f, rows[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_csv(args.csv, rows)
 
 
 if __name__ == "__main__":

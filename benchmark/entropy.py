@@ -13,7 +13,6 @@ particles' entropy is that of a Gaussian with the particles' covariance: for a G
 particles have arrived, whatever (3) says of them. Printed: a table for the README.
 """
 
-import csv
 import dataclasses
 import math
 import shlex
@@ -25,6 +24,7 @@ import torch
 import tyro
 
 import s2ac_continuous_action as s2ac
+from benchmark import write_csv
 
 START_VARIANCE, EPS = 6.0, 0.5
 PAPER = dict(particles=200, steps=200, sigma=5.0)
@@ -157,11 +157,7 @@ def main(args: Args) -> None:
                 row |= dict(estimate=estimates.mean().item(), spread=estimates.std().item(), exact=exact)
                 row["particles_entropy"] = particles_entropy(u)
                 rows.append({k: float(f"{x:.5g}") if isinstance(x, float) else x for k, x in row.items()} | facts)
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.csv, "w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(args.csv, rows)
     print(table(rows))
     if args.png is not None:
         args.png.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,6 @@ at an initial state and over states that the policy visits. Bias: mean of estima
 an estimate; both by state, then averaged over the states. With D <= 2, V is also integrated by quadrature.
 """
 
-import csv
 import dataclasses
 import sys
 from pathlib import Path
@@ -25,6 +24,7 @@ import tyro
 import meow_continuous_action as meow
 import sac_continuous_action as sac
 import sql_continuous_action as sql
+from benchmark import write_csv
 
 UNIFORM, GAUSSIAN, OWN = "SQL, uniform actions", "SAC, its Gaussian actor", "SAC, MEow's policy"
 M = [2**k for k in range(11)]
@@ -175,11 +175,7 @@ def main(args: Args) -> None:
             first, last = rows[-len(M)], rows[-1]
             ends = ", ".join(f"M = {r['M']}: bias {r['bias']:.3g}, spread {r['spread']:.3g}" for r in (first, last))
             print(f"{where}, {name}: {ends}", flush=True)
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.csv, "w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(args.csv, rows)
     if args.png is not None:
         draw(rows, trained.env_id, args.png)
 

@@ -16,6 +16,8 @@ from pathlib import Path
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from benchmark import write_csv
+
 REFERENCE = Path(__file__).parent / "reference" / "learning_curves.csv"
 
 
@@ -80,11 +82,7 @@ def draw(rows: list[dict], env_id: str, path: Path) -> None:
 def main(args: Args) -> None:
     rows = [row for run in args.runs for row in curve(run)]
     (env_id,) = {json.loads((run / "args.json").read_text())["args"]["env_id"] for run in args.runs}
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
-    with open(args.csv, "w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(args.csv, rows)
     if args.png is not None:
         draw(rows, env_id, args.png)
     print(f"{env_id}: {len(rows)} evaluations of {len(args.runs)} runs in {args.csv}")

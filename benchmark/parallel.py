@@ -14,7 +14,6 @@ writes the curves of runs instead: mean return and length of the training episod
 of the evaluations, with the seconds since the first log.
 """
 
-import csv
 import dataclasses
 import json
 import os
@@ -30,6 +29,7 @@ import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import meow_isaacgym as script
+from benchmark import write_csv
 
 PARTS = ("policy", "simulator", "buffer", "update")
 
@@ -139,20 +139,12 @@ def curves(run: Path) -> list[dict]:
     return rows
 
 
-def write(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as f:
-        writer = csv.DictWriter(f, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def main(args: Args) -> None:
     rows = [row for run in args.runs for row in curves(run)]
     for num_envs in () if args.runs else args.num_envs:
         rows += measure(args, num_envs)
-        write(args.csv, rows)  # after each, as a larger one may not fit the memory
-    write(args.csv, rows)
+        write_csv(args.csv, rows)  # after each, as a larger one may not fit the memory
+    write_csv(args.csv, rows)
 
 
 if __name__ == "__main__":

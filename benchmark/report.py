@@ -12,7 +12,6 @@ Intervals are rliable's: 95%, percentiles of a bootstrap over seeds, stratified 
 """
 
 import base64
-import csv
 import dataclasses
 import html
 import io
@@ -25,6 +24,7 @@ import numpy as np
 import tyro
 from rliable import metrics
 
+from benchmark import write_csv
 from benchmark.grids import UserError
 from benchmark.scores import (
     COLUMNS,
@@ -314,11 +314,7 @@ def main(args: Args) -> None:
     page.text(f"Made by: python -m benchmark.report {shlex.join(map(str, args.paths))}", "footer")
     page.write(title)
     if args.csv is not None:
-        args.csv.parent.mkdir(parents=True, exist_ok=True)
-        with open(args.csv, "w", newline="") as f:
-            writer = csv.DictWriter(f, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(row for run in runs for row in run.rows)
+        write_csv(args.csv, (row for run in runs for row in run.rows), COLUMNS)
     print(f"{len(runs)} runs: {args.out / 'index.html'}")
 
 

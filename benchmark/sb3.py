@@ -28,6 +28,7 @@ import torch
 import tyro
 
 import sac_continuous_action as sac
+from benchmark import write_csv
 from benchmark.export import curve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,11 +127,7 @@ def main(args: Args) -> None:
         for future in as_completed(futures):
             rows += future.result()
             print(f"{futures[future]}: last evaluation {rows[-1]['return']}", flush=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "w", newline="") as f:
-                writer = csv.DictWriter(f, rows[-1].keys(), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
+            write_csv(path, rows)
     report(rows, args.seeds)
 
 

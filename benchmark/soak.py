@@ -8,7 +8,6 @@ replay buffer's file, copies, checksums, write, fsync). Exit code 1 if memory gr
 or checkpoints took 1% or more. The run goes to a temporary folder.
 """
 
-import csv
 import dataclasses
 import importlib
 import os
@@ -20,6 +19,8 @@ from pathlib import Path
 
 import psutil
 import tyro
+
+from benchmark import write_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -83,12 +84,8 @@ def main(args: Args) -> None:
         rows = watch(module, shlex.split(args.flags))
         os.chdir(began_in)
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
         facts = dict(commit=module.commit(), command=f"python -m benchmark.soak {shlex.join(sys.argv[1:])}")
-        with open(out, "w", newline="") as f:
-            writer = csv.DictWriter(f, [*rows[0], *facts], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(row | facts for row in rows)
+        write_csv(out, (row | facts for row in rows))
     line, well = verdict(rows, args.settled)
     print(line)
     sys.exit(0 if well else 1)

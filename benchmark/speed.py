@@ -11,7 +11,6 @@ the ratio to MEow. Leave the machine alone while it runs. Written: one row a tur
     python -m benchmark.speed --device cuda --num-seeds 1 5 10 20 --csv NAME.csv  # a GPU, in under 8 minutes
 """
 
-import csv
 import dataclasses
 import importlib
 import json
@@ -31,6 +30,8 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
+
+from benchmark import write_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"MEow": "meow", "SAC": "sac", "SQL": "sql", "S2AC": "s2ac"}
@@ -363,12 +364,9 @@ def main(args: Args) -> None:
     for jobs in jobs_of(args):
         rows += measure(jobs, args.turns)
         if args.csv:  # after every group: what is measured is kept if the rest fails
-            args.csv.parent.mkdir(parents=True, exist_ok=True)
             names = [*COLUMNS, *(["kernels"] if args.device == "cuda" else []), "commit", "machine", "command"]
-            with open(args.csv, "w", newline="") as f:
-                writer = csv.DictWriter(f, names, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(row | dict(commit=commit, machine=machine, command=command) for row in rows)
+            facts = dict(commit=commit, machine=machine, command=command)
+            write_csv(args.csv, (row | facts for row in rows), names)
     print(table(rows))
     if args.png:
         chart(rows, args.png)

@@ -30,6 +30,7 @@ import numpy as np
 import tyro
 
 import multigoal
+from benchmark import write_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = {"meow-flow": "--density flow --clipped-double-q"}  # the paper's density and target
@@ -218,7 +219,6 @@ def main(args: Args) -> int:
     """Exit code: 0, or 1 if a run failed."""
     args = dataclasses.replace(args, folder=args.folder.resolve())
     args.folder.mkdir(parents=True, exist_ok=True)
-    args.csv.parent.mkdir(parents=True, exist_ok=True)
     rows = list(csv.DictReader(args.csv.read_text().splitlines())) if args.csv.exists() else []
     finished = {(row["algorithm"], row["env_id"], float(row["alpha"]), int(row["seed"])) for row in rows}
     wanted = [
@@ -246,10 +246,7 @@ def main(args: Args) -> int:
             rows.append(row)
             shown = ("reached", "goals", "return", "v_origin", "rmse", "kl", "hits", "reached_after_hit", "seconds")
             print(progress, *(f"{key} {row[key]}" for key in shown), sep=", ", flush=True)
-            with open(args.csv, "w", newline="") as f:
-                writer = csv.DictWriter(f, row.keys(), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
+            write_csv(args.csv, rows)
     print(table(rows, args.episodes))
     if args.png:
         draw(args, rows)

@@ -7,13 +7,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import scipy.stats
 
 import meow_continuous_action as meow
-from benchmark import acting, entropy, estimation, export, sb3, soak, truth
+from benchmark import acting, entropy, estimation, export, sb3, soak, truth, write_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ["step", "return", "SPS", "seed", "commit", "machine", "command"]
+
+
+def test_write_csv(tmp_path):
+    """Columns of the last row; what fails leaves the old file as it was, and nothing beside it."""
+    path = tmp_path / "new" / "table.csv"
+    write_csv(path, [dict(a=1), dict(a=2, b="x, y")])
+    assert list(csv.DictReader(path.open())) == [dict(a="1", b=""), dict(a="2", b="x, y")]
+    with pytest.raises(ValueError, match="fields not in fieldnames: 'c'"):
+        write_csv(path, [dict(a=1, c=2), dict(a=2)])
+    assert len(path.read_text().splitlines()) == 3 and [file.name for file in path.parent.iterdir()] == ["table.csv"]
 
 
 def test_export_of_a_run(tmp_path, monkeypatch):
