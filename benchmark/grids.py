@@ -10,9 +10,9 @@ MAPS = ("multigoal:MultiGoal-v0", "multigoal:MultiGoalAsymmetric-v0")
 TASKS = ("Hopper-v4", "HalfCheetah-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4")
 STEPS = dict(zip(TASKS, (1_500_000, 1_500_000, 4_000_000, 4_000_000, 5_000_000), strict=True))
 STEPS |= dict.fromkeys(MAPS, 16_000)  # environment steps by the scripts' presets, for the estimate alone
-# Environment steps a second of one run on one core, for the estimate alone: benchmark/results/hopper_meow.csv,
-# sb3_Hopper-v4.csv and, for SQL, the goal maps' seconds in truth_presets.csv. Other scripts count as MEow.
-RATES = {"meow": 88.0, "sac": 63.0, "sql": 18.0}
+# Environment steps a second of one run on one core that no other job slows, for the estimate alone: medians of Hopper-v4
+# in benchmark/results/speed.csv and speed_eager.csv. Other scripts count as MEow.
+RATES = {"meow": 118.0, "sac": 95.0, "sql": 40.0, "s2ac": 4.0}
 FIRST = "--total-timesteps 1200 --learning-starts 1000 --eval-frequency 600 --eval-episodes 2"
 PRESETS = {
     "smoke": [dict(scripts=("meow", "sac", "sql"), env_ids=("Hopper-v4",), seeds=(1, 2), flags=FIRST)],

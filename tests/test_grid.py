@@ -62,7 +62,7 @@ def test_a_crash_stops_nothing_else_and_is_reported(tmp_path):
     flags = ["--scripts", FAKE, "--env-ids", "Crash-v0", "Mistake-v0", "Good-v0", "--seeds", "1", "2"]
     code, out, err = wait(start(tmp_path / "g", *flags, "--flags=--level 3"))
     assert code == 1, err
-    assert "to run: 6 runs in 6 processes, 6,000,000 environment steps, about 19 CPU hours" in out
+    assert "to run: 6 runs in 6 processes, 6,000,000 environment steps, about 14 CPU hours" in out
     grid = cells(tmp_path / "g")
     assert {name: cell["state"] for name, cell in grid.items()} == {
         f"fake_script__{task}-v0__seed{seed}": state
