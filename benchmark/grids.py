@@ -10,7 +10,7 @@ MAPS = ("multigoal:MultiGoal-v0", "multigoal:MultiGoalAsymmetric-v0")
 TASKS = ("Hopper-v4", "HalfCheetah-v4", "Walker2d-v4", "Ant-v4", "Humanoid-v4")
 STEPS = dict(zip(TASKS, (1_500_000, 1_500_000, 4_000_000, 4_000_000, 5_000_000), strict=True))
 STEPS |= dict.fromkeys(MAPS, 16_000)  # environment steps by the scripts' presets, for the estimate alone
-# Environment steps a second of one run on one core that no other job slows, for the estimate alone: medians of Hopper-v4
+# Environment steps a second of one run on a core that no other job slows, for the estimate alone: medians of Hopper-v4
 # in benchmark/results/speed.csv and speed_eager.csv. Other scripts count as MEow.
 RATES = {"meow": 118.0, "sac": 95.0, "sql": 40.0, "s2ac": 4.0}
 FIRST = "--total-timesteps 1200 --learning-starts 1000 --eval-frequency 600 --eval-episodes 2"
@@ -96,3 +96,8 @@ def estimate(cells: list[dict], rate: tuple[str, ...]) -> str:
         f"{runs} runs in {len(cells)} processes, {sum(map(steps, cells)):,} environment steps, "
         f"about {hours:,.{0 if hours > 10 else 1}f} CPU hours (steps a second and core: {used or 'none'})"
     )
+
+
+def run_folders(here: Path) -> list[Path]:
+    """The run folders of the cell whose folder is `here`, without what was set aside."""
+    return sorted(path.parent for path in here.glob("runs/*/args.json"))

@@ -29,7 +29,7 @@ from typing import Literal
 
 import tyro
 
-from benchmark.grids import UserError, estimate, grid, merge, steps
+from benchmark.grids import UserError, estimate, grid, merge, run_folders, steps
 
 
 @dataclasses.dataclass
@@ -72,10 +72,6 @@ def finished(run: Path) -> bool:
     events = EventAccumulator(str(run)).Reload()
     evaluations = events.Scalars("eval/episodic_return") if "eval/episodic_return" in events.Tags()["scalars"] else []
     return total is not None and bool(evaluations) and evaluations[-1].step >= total
-
-
-def run_folders(here: Path) -> list[Path]:
-    return sorted(path.parent for path in here.glob("runs/*/args.json"))
 
 
 def next_command(here: Path, cell: dict) -> list[str] | None:

@@ -17,7 +17,7 @@ import numpy as np
 from rliable import library
 
 from benchmark.export import REFERENCE, curve
-from benchmark.grids import UserError
+from benchmark.grids import UserError, run_folders
 
 COLUMNS = ["step", "return", "SPS", "seed", "commit", "machine", "command"]
 NAMES = {"meow": "MEow", "sac": "SAC", "sql": "SQL", "s2ac": "S2AC"}
@@ -83,7 +83,9 @@ def run_rows(path: Path) -> dict[str, list[dict]]:
             found[f"{path}: {row['command']}, seed {row['seed']}, commit {row['commit']}"].append(row)
         return found
     if (path / "grid.json").exists():
-        folders = [path / run for cell in json.loads((path / "grid.json").read_text())["cells"] for run in cell["runs"]]
+        folders = []
+        for cell in json.loads((path / "grid.json").read_text())["cells"]:  # of one that still runs, what lies there
+            folders += [path / run for run in cell["runs"]] or run_folders(path / cell["name"])
     else:
         found = (file.parent for file in path.rglob("args.json"))
         folders = sorted(run for run in found if not re.search("/abandoned-[0-9]+/", str(run)))  # of benchmark.run

@@ -212,6 +212,8 @@ def test_grid_folder(tmp_path):
     assert shared == ["level 7"] and left_out == []
     assert len(scores.load((tmp_path / "c1",))[0]) == 1 and scores.load((tmp_path / "c1",))[2] == []
     assert runs[1].returns[100] == 10.0 and runs[0].rows[0]["command"].startswith("fake_script.py --env-id Hopper-v4")
+    run.save(tmp_path, {name: cell | dict(state="running", runs=[]) for name, cell in cells.items()})  # still at it
+    assert [max(r.returns) for r in scores.load((tmp_path,))[0]] == [50, 100]
     shorter = write(tmp_path / "s.csv", [row for row in runs[1].rows if int(row["step"]) <= 30])
     runs, _, left_out = scores.load((shorter, tmp_path))
     assert [max(r.returns) for r in runs] == [50, 100] and len(left_out) == 1 and "s.csv" in left_out[0].split("(")[0]
