@@ -148,7 +148,7 @@ class Args:
 # The paper's settings: batches of 100 and eps = 0.1, here times alpha, since (5) divides Q by alpha where the paper
 # multiplies the kernel's gradient; a v5 id takes the v4 preset. Steps as in MEow's paper. On the goal maps alpha and
 # gamma are the map's, so that the soft value can be compared with the optimum.
-GOAL_MAP = dict(gamma=0.9, svgd_steps=5, batch_size=64, utd=0.5, num_envs=8, learning_starts=3_000)
+GOAL_MAP = dict(gamma=0.9, svgd_steps=5, batch_size=64, utd=0.5, num_envs=8, learning_starts=1_000)
 GOAL_MAP |= dict(total_timesteps=16_000, buffer_size=100_000, eval_frequency=2_000)
 PRESETS = {
     "Hopper-v4": dict(batch_size=100, total_timesteps=1_500_000),

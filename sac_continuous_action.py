@@ -129,7 +129,7 @@ class Args:
 
 # CleanRL's settings are the defaults; a v5 id takes the v4 preset. Steps as in MEow's paper. On the goal maps alpha
 # and gamma are the map's, so that the soft value can be compared with the optimum.
-GOAL_MAP = dict(gamma=0.9, autotune=False, num_envs=8, learning_starts=3_000)
+GOAL_MAP = dict(gamma=0.9, autotune=False, num_envs=8, learning_starts=1_000)
 GOAL_MAP |= dict(total_timesteps=16_000, buffer_size=100_000, eval_frequency=2_000)
 PRESETS = {
     "Hopper-v4": dict(total_timesteps=1_500_000),

@@ -33,7 +33,7 @@ import multigoal
 from benchmark import write_csv
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = {"meow-flow": "--density flow --clipped-double-q"}  # the paper's density and target
+FLAGS = {"meow-flow": "--density flow --clipped-double-q --learning-starts 1000"}  # the paper's
 FLAGS |= {f"s2ac-{variant}": f"--variant {variant}" for variant in ("phi", "phi-theta", "phi-theta-psi")}
 SHORT = {"sql": "--batch-size 64", "s2ac": "--utd 0.25"}  # beside half the presets' steps; by the script
 OWN_ALPHA = dict(zip(multigoal.MAPS, (2.5, 10.0), strict=True))  # the presets'

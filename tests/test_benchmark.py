@@ -78,7 +78,7 @@ def test_committed_goal_maps_back_the_readme():
 
 def test_goal_map_command(tmp_path, capsys):
     """Trains and measures what is not in the CSV yet, prints and draws; a second call runs nothing."""
-    short = dict(alphas=(1.0,), seeds=(1,), total_timesteps=3040, episodes=5, jobs=2, folder=tmp_path / "runs")
+    short = dict(alphas=(1.0,), seeds=(1,), total_timesteps=1040, episodes=5, jobs=2, folder=tmp_path / "runs")
     env_ids = truth.multigoal.MAPS[1:]
     args = truth.Args(("sac",), env_ids, csv=tmp_path / "truth.csv", png=tmp_path / "truth.png", **short)
     assert truth.main(args) == 0
