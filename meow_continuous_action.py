@@ -144,7 +144,7 @@ class Args:
 # environment, 4,000 steps) stop far from the optimum of their own objective: README.md says what changed.
 GOAL_MAP = dict(gamma=0.9, sigma_min=-2.0, sigma_max=1.0, num_envs=8, learning_starts=1_000)
 GOAL_MAP |= dict(total_timesteps=16_000, buffer_size=100_000, eval_frequency=2_000)
-GOAL_MAP |= dict(density="mixture", clipped_double_q=False, learning_starts=3_000)
+GOAL_MAP |= dict(density="mixture", clipped_double_q=False, learning_starts=3_000)  # a flow fails beyond 1_000
 PRESETS = {
     "Hopper-v4": dict(alpha=0.25, total_timesteps=1_500_000),
     "HalfCheetah-v4": dict(alpha=0.25, tau=0.003, sigma_max=2.0, learning_starts=10_000, total_timesteps=1_500_000),

@@ -137,6 +137,8 @@ def test_acting_command(tmp_path, capsys):
 def test_committed_acting_times_back_the_readme():
     ((_, rows),) = results("acting.csv").items()
     assert acting.table(rows) in (ROOT / "README.md").read_text()
+    times = {(row["env_id"], row["algorithm"]): float(row["evaluation_ms"]) for row in rows}
+    assert all(times[env_id, "S2AC phi-theta-psi"] < 1.3 * times[env_id, "SAC"] for env_id in acting.SIZES)
 
 
 def test_committed_comparison_with_sb3_backs_the_readme(capsys):
