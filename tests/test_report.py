@@ -219,6 +219,13 @@ def test_grid_folder(tmp_path):
     assert [max(r.returns) for r in runs] == [50, 100] and len(left_out) == 1 and "s.csv" in left_out[0].split("(")[0]
 
 
+def test_committed_curves_beside_the_paper_back_the_readme(tmp_path, capsys):
+    report.main(report.Args((ROOT / "benchmark" / "results" / "hopper_meow.csv",), tmp_path / "out"))
+    comparison = capsys.readouterr().out.split("\n\n")[0]
+    assert comparison.count("| MEow paper figure 3 (digitised) |") >= 3
+    assert comparison in (ROOT / "README.md").read_text()
+
+
 def test_mistakes_are_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
