@@ -67,12 +67,10 @@ def draw(rows: list[dict], env_id: str, path: Path) -> None:
     ax.plot(
         *zip(*paper, strict=True), color="black", linestyle="--", label="paper, figure 3, mean of 5 seeds, digitised"
     )
-    ax.plot(
-        [r["step"] for r in rows],
-        [r["return"] for r in rows],
-        marker="o",
-        label=f"this project, seed {rows[0]['seed']}",
-    )
+    for command, seed in dict.fromkeys((row["command"], row["seed"]) for row in rows):  # a line a run
+        own = [row for row in rows if (row["command"], row["seed"]) == (command, seed)]
+        steps, returns = [row["step"] for row in own], [row["return"] for row in own]
+        ax.plot(steps, returns, marker="o", markersize=3, label=f"this project, seed {seed}")
     ax.set(title=env_id, xlabel="environment steps", ylabel="evaluation return")
     ax.legend()
     figure.savefig(path, dpi=120)

@@ -68,7 +68,7 @@ def test_committed_curves_back_the_readme():
 
 
 def test_committed_goal_maps_back_the_readme():
-    """The README's table is the one that the command prints from the committed runs: three or five seeds, of S2AC one."""
+    """The README's table is the one that the command prints from the committed runs, of S2AC but one."""
     ((_, rows),) = results("truth_presets.csv").items()
     assert len(rows) == 2 * 4 * 3 + 1 + 2 * 2
     assert truth.table(rows, 400) in (ROOT / "README.md").read_text()
