@@ -1,6 +1,7 @@
 """The measuring commands run as documented, and the committed results have what the README quotes."""
 
 import csv
+import dataclasses
 import json
 import re
 import subprocess
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import scipy.stats
+import torch
 
 import meow_continuous_action as meow
-from benchmark import acting, entropy, estimation, export, sb3, soak, truth, write_csv
+from benchmark import acting, densities, entropy, estimation, export, sb3, soak, truth, write_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ["step", "return", "SPS", "seed", "commit", "machine", "command"]
@@ -99,6 +101,48 @@ def test_goal_map_command_reports_what_fails(tmp_path, capsys):
     printed = capsys.readouterr().err
     assert "alpha" in printed and "failed: sac multigoal:MultiGoal-v0 alpha -1 seed 1" in printed
     assert not (tmp_path / "truth.csv").exists()
+
+
+@pytest.mark.parametrize("name", [name for name, (_, make) in densities.TRIALS.items() if make])
+def test_densities_have_the_moments_of_their_samples(name):
+    """pi integrates to 1, and mean and second moments by quadrature are those of act's draws; V's parameters last."""
+    flags, make = densities.TRIALS[name]
+    torch.manual_seed(0)
+    agent = make(2, 2, meow.parse_args(["--env-id", densities.MAP, *flags.split()]))
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    value, own = list(agent.value.parameters()), list(agent.parameters())
+    assert all(a is b for a, b in zip(value, own[-len(value) :], strict=True))
+    state = torch.tensor([1.0, -2.0])
+    assert abs(densities.mass(agent, [state.tolist()], 300) - 1) < 5e-3
+    with torch.no_grad():
+        draws = agent.act(state.repeat(20_000, 1), agent.act_noise(20_000, torch.Generator().manual_seed(0)))
+        middles = (torch.arange(300) + 0.5) / 150 - 1
+        actions = torch.cartesian_prod(middles, middles)
+        density = agent.log_prob(state.expand(len(actions), -1), actions).exp() * 4 / len(actions)
+    for moment in (lambda a: a, lambda a: a**2, lambda a: a[:, :1] * a[:, 1:]):
+        torch.testing.assert_close(density @ moment(actions), moment(draws).mean(0), atol=0.02, rtol=0)
+    assert agent.sample(state[None], deterministic=True).abs().max() <= 1
+
+
+def test_densities_command(tmp_path, capfd):
+    """Trains a flag's trial and another density's, draws; runs nothing twice; names what fails or is not there."""
+    short = "--total-timesteps 320 --learning-starts 160 --buffer-size 1000 --batch-size 32 --eval-frequency 1000"
+    trials = ("mixture of 2", "splines, 2 transforms")
+    args = densities.Args(trials, (1,), short, 5, folder=tmp_path / "runs", csv=tmp_path / "densities.csv")
+    assert densities.main(args) == 0
+    rows = list(csv.DictReader(args.csv.open()))
+    assert {row["trial"] for row in rows} == set(trials) and all(abs(float(row["mass"]) - 1) < 0.01 for row in rows)
+    assert int(rows[0]["parameters"]) != int(rows[1]["parameters"])
+    capfd.readouterr()
+    assert densities.main(dataclasses.replace(args, png=tmp_path / "densities.png")) == 0
+    assert "to go" not in capfd.readouterr().out and (tmp_path / "densities.png").stat().st_size > 10_000
+    assert densities.main(dataclasses.replace(args, seeds=(2,), trials=trials[:1], flags="--alpha -1")) == 1
+    printed = capfd.readouterr().err
+    assert "--alpha -1" in printed and "failed: mixture of 2, seed 2" in printed
+    assert len(args.csv.read_text().splitlines()) == 3
+    assert densities.main(densities.Args(("mixture of 3",))) == 2 and "mixture of 3" in capfd.readouterr().err
 
 
 def test_entropy_study(tmp_path, monkeypatch, capsys):
