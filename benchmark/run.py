@@ -281,6 +281,7 @@ def main(args: Args) -> int:
     left = [cell for cell in cells.values() if cell["state"] != "done"]
     print(f"to run: {estimate(left, args.rate)}; done before: {len(cells) - len(left)} processes", flush=True)
     if args.dry_run:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` closes the pipe
         print("\n".join(f"{cell['state']:12}{cell['name']} {shlex.join(cell['flags'])}" for cell in cells.values()))
         return 0
     if not left:
