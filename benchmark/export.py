@@ -47,11 +47,11 @@ def curve(run: Path) -> list[dict]:
     return rows
 
 
-def reference(env_id: str, algorithm: str = "MEow") -> list[tuple[int, float]]:
-    """(step, return) of the paper's figure 3 for the task; a v5 id is compared with v4."""
+def reference(env_id: str, algorithm: str = "meow") -> list[tuple[int, float]]:
+    """(step, return) of the paper's figure 3 for task and script, if it is there; a v5 id is compared with v4."""
     with open(REFERENCE, newline="") as f:
         wanted = ("MEow paper figure 3 (digitised)", algorithm, re.sub(r"-v5$", "-v4", env_id))
-        rows = [row for row in csv.DictReader(f) if (row["source"], row["algorithm"], row["env_id"]) == wanted]
+        rows = [row for row in csv.DictReader(f) if (row["source"], row["algorithm"].lower(), row["env_id"]) == wanted]
     return [(int(row["step"]), float(row["mean_return"])) for row in rows]
 
 
@@ -63,14 +63,18 @@ def draw(rows: list[dict], env_id: str, path: Path) -> None:
 
     figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     last = max(row["step"] for row in rows)
-    paper = [point for point in reference(env_id) if point[0] <= 1.2 * last]
-    ax.plot(
-        *zip(*paper, strict=True), color="black", linestyle="--", label="paper, figure 3, mean of 5 seeds, digitised"
-    )
+    drawn = {}  # script -> marker
     for command, seed in dict.fromkeys((row["command"], row["seed"]) for row in rows):  # a line a run
+        script = command.partition("_")[0]
+        if script not in drawn:
+            drawn[script] = "os^D"[len(drawn) % 4]
+            paper = [point for point in reference(env_id, script) if point[0] <= 1.2 * last]
+            label = f"{script}, paper, figure 3, mean of 5 seeds, digitised"
+            style = dict(color="black", linestyle="--", marker=drawn[script] if len(drawn) > 1 else None, markersize=3)
+            ax.plot(*zip(*paper, strict=True), **style, label=label) if paper else None
         own = [row for row in rows if (row["command"], row["seed"]) == (command, seed)]
         steps, returns = [row["step"] for row in own], [row["return"] for row in own]
-        ax.plot(steps, returns, marker="o", markersize=3, label=f"this project, seed {seed}")
+        ax.plot(steps, returns, marker=drawn[script], markersize=3, label=f"{script}, seed {seed}")
     ax.set(title=env_id, xlabel="environment steps", ylabel="evaluation return")
     ax.legend()
     figure.savefig(path, dpi=120)
