@@ -220,10 +220,12 @@ def test_grid_folder(tmp_path):
 
 
 def test_committed_curves_beside_the_paper_back_the_readme(tmp_path, capsys):
-    report.main(report.Args((ROOT / "benchmark" / "results" / "hopper_meow.csv",), tmp_path / "out"))
-    comparison = capsys.readouterr().out.split("\n\n")[0]
-    assert comparison.count("| MEow paper figure 3 (digitised) |") >= 3
-    assert comparison in (ROOT / "README.md").read_text()
+    curves = tuple(ROOT / "benchmark" / "results" / f"hopper_{script}.csv" for script in ("meow", "sac"))
+    report.main(report.Args(curves, tmp_path / "out"))
+    comparison, scores = capsys.readouterr().out.split("\n\n")[:2]
+    assert comparison.count("| MEow paper figure 3 (digitised) |") == 20 and "SimbaV2" in comparison
+    readme = (ROOT / "README.md").read_text()
+    assert comparison in readme and scores.count("| Hopper-v4 |") == 2 and scores in readme
 
 
 def test_mistakes_are_one_line(tmp_path):
