@@ -79,6 +79,17 @@ class ZeroStartMEow(meow.MixtureMEow):
                 net.weight1.zero_(), net.weight2.zero_()
 
 
+class FreeStartMEow(meow.MEow):
+    """The paper's flow, its nets of the state with hidden weights as nn.Linear draws them, like the mixture's."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: meow.Args):
+        super().__init__(obs_dim, action_dim, args)
+        with torch.no_grad():
+            for net in (self.value.sigma_net, *self.value.shift_nets):
+                for weight in (net.weight1, net.weight2):
+                    weight.uniform_(-1, 1).div_(math.sqrt(len(weight)))
+
+
 def splines(obs_dim: int, action_dim: int, transforms: int, hidden: int):
     """Rational-quadratic splines of the box onto itself (Durkan et al. 2019), 8 bins, as a function of the state.
 
@@ -161,6 +172,7 @@ TRIALS = {  # name -> (flags beside the map's preset, what makes the agent if it
     "flow, mean of the heads": (FLOW, None),
     "flow, affine couplings": (f"{FLOW} --clipped-double-q --coupling affine", None),
     "flow, no dropout": (f"{FLOW} --clipped-double-q --dropout 0", None),
+    "flow, hidden weights not from zero": (f"{FLOW} --clipped-double-q", FreeStartMEow),
     "flow, 8 couplings": (f"{FLOW} --clipped-double-q", DeepMEow),
     "flow, prior mean of the state": (f"{FLOW} --clipped-double-q", PriorMeanMEow),
     "splines, 2 transforms": ("", functools.partial(SplineMEow, transforms=2)),
@@ -256,7 +268,7 @@ def draw(rows: list[dict], path: Path) -> None:
     trials = by_trial(rows)
     size = dict(figsize=(10, 0.28 * len(trials) + 1.1), sharey=True, layout="constrained")
     figure, axes = plt.subplots(1, 3, **size)
-    titles = ("RMSE of V against V*", "KL(pi || pi*), nats", "least goal's share of those that reach one, %")
+    titles = ("RMSE of V against V*", "KL(pi || pi*), nats", "share of the least goal, %")
     for ax, title in zip(axes, titles, strict=True):
         for y, runs in enumerate(trials.values()):
             goals = np.array([row["goals"].split(" / ") for row in runs], dtype=float)  # (S, G)
@@ -267,6 +279,9 @@ def draw(rows: list[dict], path: Path) -> None:
         ax.grid(axis="y", linewidth=0.3)
     axes[0].set(xscale="log", yticks=range(len(trials)), yticklabels=trials)
     axes[1].set(xscale="log")
+    for ax in axes[:2]:
+        ax.xaxis.set_minor_formatter("")
+        ax.xaxis.set_major_formatter("{x:g}")
     axes[0].invert_yaxis()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
