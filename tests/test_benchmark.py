@@ -147,6 +147,14 @@ def test_densities_command(tmp_path, capfd):
     assert densities.main(densities.Args(("mixture of 3",))) == 2 and "mixture of 3" in capfd.readouterr().err
 
 
+def test_committed_densities_back_the_readme():
+    """The README's table is the one that the command prints; of seed 1 no trial has a smaller error than the preset."""
+    ((_, rows),) = results("densities.csv").items()
+    assert densities.table(rows, 400) in (ROOT / "README.md").read_text()
+    rmse = {row["trial"]: float(row["rmse"]) for row in rows if row["seed"] == "1"}
+    assert set(rmse) == set(densities.TRIALS) and min(rmse, key=rmse.get) == "mixture of 8, the preset"
+
+
 def test_entropy_study(tmp_path, monkeypatch, capsys):
     """The paper's Gaussian is found with the paper's bandwidth, not with 0.1; quadrature agrees with closed forms."""
     paper = entropy.targets()[0]
