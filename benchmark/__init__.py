@@ -3,7 +3,9 @@
 import csv
 import io
 import os
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, as_completed
 from pathlib import Path
 
 
@@ -22,3 +24,11 @@ def write_csv(path: Path, rows: Iterable[dict], columns: Iterable[str] | None = 
     new = path.with_name(f".{path.name}.{os.getpid()}")
     new.write_text(text.getvalue())
     new.replace(path)
+
+
+def as_done(futures: dict[Future, tuple]) -> Iterator[tuple[tuple, Future, str]]:
+    """(what a future is of, the future, "3 of 9, 5 min to go") for each of `futures`, as they finish."""
+    start = time.time()
+    for done, future in enumerate(as_completed(futures), 1):
+        left = (time.time() - start) * (len(futures) - done) / done / 60
+        yield futures[future], future, f"{done} of {len(futures)}, {left:.0f} min to go"

@@ -6,7 +6,7 @@ Q_i = V_i + alpha log pi makes V_i the exact soft value of any normalised pi. Ea
 at the map's preset, with flags, or with another density put in the place of MixtureMEow: flows with more couplings or
 with a prior whose mean depends on the state, and rational-quadratic splines on the box from the package zuko. It
 measures the last checkpoint as benchmark.truth does, and the least integral of pi over the box, by quadrature at the
-map's states: what is missing from 1 lies where no action is, and V is wrong by it.
+map's states: what is missing from 1 lies in spikes narrower than a cell or, of a flow through tanh, at |a| = 1.
 A run whose row is in the CSV is not run again. Exit code 1: a run failed; the others are done.
 """
 
@@ -20,7 +20,7 @@ import os
 import shlex
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import gymnasium as gym
@@ -30,7 +30,7 @@ import tyro
 
 import meow_continuous_action as meow
 import multigoal
-from benchmark import write_csv
+from benchmark import as_done, write_csv
 from benchmark.truth import counts, spread
 
 MAP = multigoal.MAPS[0]
@@ -188,7 +188,7 @@ class Args:
     seeds: tuple[int, ...] = (1, 2, 3)
     """a run of each trial for each seed"""
     flags: str = ""
-    """more flags of the script, for every run: a shorter one, say"""
+    """more flags of the script, for every run; give such runs a --csv of their own: rows go by trial and seed"""
     episodes: int = 400
     """rollouts of a trained policy"""
     jobs: int = 2
@@ -301,14 +301,11 @@ def main(args: Args) -> int:
     finished = {(row["trial"], int(row["seed"])) for row in rows}
     todo = [(name, seed) for seed in args.seeds for name in args.trials if (name, seed) not in finished]
     os.environ["OMP_NUM_THREADS"] = "1"
-    start, failed = time.time(), []
-    spawn = multiprocessing.get_context("spawn")
+    failed, spawn = [], multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, spawn, max_tasks_per_child=1) as pool:
         futures = {pool.submit(run, args, *cell): cell for cell in todo}
-        for done, future in enumerate(as_completed(futures), 1):
-            left = (time.time() - start) * (len(todo) - done) / done / 60
-            name, seed = futures[future]
-            progress = f"{done} of {len(todo)}, {left:.0f} min to go: {name}, seed {seed}"
+        for (name, seed), future, progress in as_done(futures):
+            progress = f"{progress}: {name}, seed {seed}"
             try:
                 row = future.result()
             except Exception as e:  # whatever ended this run; the others go on, and the exit code says so

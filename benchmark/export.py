@@ -71,7 +71,8 @@ def draw(rows: list[dict], env_id: str, path: Path) -> None:
             paper = [point for point in reference(env_id, script) if point[0] <= 1.2 * last]
             label = f"{script}, paper, figure 3, mean of 5 seeds, digitised"
             style = dict(color="black", linestyle="--", marker=drawn[script] if len(drawn) > 1 else None, markersize=3)
-            ax.plot(*zip(*paper, strict=True), **style, label=label) if paper else None
+            if paper:
+                ax.plot(*zip(*paper, strict=True), **style, label=label)
         own = [row for row in rows if (row["command"], row["seed"]) == (command, seed)]
         steps, returns = [row["step"] for row in own], [row["return"] for row in own]
         ax.plot(steps, returns, marker=drawn[script], markersize=3, label=f"{script}, seed {seed}")

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import gymnasium as gym
@@ -30,7 +30,7 @@ import numpy as np
 import tyro
 
 import multigoal
-from benchmark import write_csv
+from benchmark import as_done, write_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = {"meow-flow": "--density flow --clipped-double-q --learning-starts 1000"}  # the paper's
@@ -230,13 +230,11 @@ def main(args: Args) -> int:
     ]
     todo = [cell for cell in wanted if cell not in finished]
     os.environ["OMP_NUM_THREADS"] = "1"
-    start, failed = time.time(), []
+    failed = []
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(run, args, *cell): cell for cell in todo}
-        for done, future in enumerate(as_completed(futures), 1):
-            left = (time.time() - start) * (len(todo) - done) / done / 60
-            algorithm, env_id, alpha, seed = futures[future]
-            progress = f"{done} of {len(todo)}, {left:.0f} min to go: {algorithm} {env_id} alpha {alpha:g} seed {seed}"
+        for (algorithm, env_id, alpha, seed), future, progress in as_done(futures):
+            progress = f"{progress}: {algorithm} {env_id} alpha {alpha:g} seed {seed}"
             try:
                 row = future.result()
             except Exception as e:  # whatever ended this run; the others go on, and the exit code says so
