@@ -1139,8 +1139,10 @@ def commit() -> str:
 
 def open_run(args: Args, checkpoint: dict | None, ranks: int, facts: str) -> tuple[Path, SummaryWriter]:
     """Create the run's folder with args.json, or go on with the checkpoint's, start the logs, print the args."""
-    name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}_{args.algo}__{args.seed}__{int(time.time())}")
-    run_dir, step = Path("runs") / name, 0
+    name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}_{args.algo}__{args.seed}")
+    step, second = 0, int(time.time())
+    while os.path.exists(run_dir := Path("runs") / f"{name}__{second}"):
+        second += 1  # another run of this name began in that one
     if checkpoint is not None:
         run_dir, step = Path(args.resume), checkpoint["global_step"]
     values = dataclasses.asdict(args)

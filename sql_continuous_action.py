@@ -718,8 +718,10 @@ def commit() -> str:
 
 def start_run(args: Args, checkpoint: dict | None) -> tuple[Path, SummaryWriter]:
     """Create the run's folder with args.json, or go on with the checkpoint's, start the logs, print the args."""
-    run_dir, step = Path("runs") / re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}"), 0
-    run_dir = run_dir.with_name(f"{run_dir.name}__{int(time.time())}")
+    name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}")
+    step, second = 0, int(time.time())
+    while os.path.exists(run_dir := Path("runs") / f"{name}__{second}"):
+        second += 1  # another run of this name began in that one
     if checkpoint is not None:
         run_dir, step = Path(args.resume), checkpoint["global_step"]
     values = dataclasses.asdict(args)

@@ -594,6 +594,16 @@ def test_presets_are_the_papers_and_flags_win(task):
     assert script.preset("isaaclab", f"Isaac-{task}-Direct-v0", "sac") == script.preset("isaacgymenvs", task, "sac")
 
 
+def test_two_runs_of_a_name_in_one_second(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script.time, "time", lambda: 1000.9)
+    runs = [script.open_run(script.Args(), None, 1, "") for _ in range(2)]
+    assert [run_dir.name.rpartition("__")[2] for run_dir, _ in runs] == ["1000", "1001"]
+    for run_dir, writer in runs:
+        writer.close()
+        assert (run_dir / "args.json").exists()
+
+
 def test_loss_that_is_not_finite_stops_the_run(stand_ins, monkeypatch):
     monkeypatch.setattr(fake, "reward_of", lambda robot, episode, t: np.where(episode == 2, np.nan, robot))
     with pytest.raises(script.RunError, match=r"at step \d+, qf_loss=nan.* is in (\S+)/failed.pt"):

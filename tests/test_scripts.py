@@ -363,6 +363,17 @@ def test_logs(module, trained):
     assert written["versions"]["torch"] == torch.__version__
 
 
+def test_two_runs_of_a_name_in_one_second(module, tmp_path, monkeypatch):
+    """As from a shell loop over a flag: each has a folder of its own, the second that of the next second."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module.time, "time", lambda: 1000.9)
+    first, second = (module.start_run(module.Args(tau=tau), None) for tau in (0.01, 0.02))
+    assert [run_dir.name.rpartition("__")[2] for run_dir, _ in (first, second)] == ["1000", "1001"]
+    for (run_dir, writer), tau in ((first, 0.01), (second, 0.02)):
+        writer.close()
+        assert json.loads((run_dir / "args.json").read_text())["args"]["tau"] == tau
+
+
 def test_readme_names_the_lines_of_the_equations():
     """Rows `| (k) | equation | Class.method, line N |` of the README point at that definition."""
     lines = (ROOT / "meow_continuous_action.py").read_text().splitlines()
