@@ -3,7 +3,11 @@
 import itertools
 import re
 import shlex
+import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 MAPS = ("multigoal:MultiGoal-v0", "multigoal:MultiGoalAsymmetric-v0")
@@ -37,6 +41,17 @@ PRESETS = {
 
 class UserError(Exception):
     """A mistake in what was asked for, said in one line."""
+
+
+def exit_code(main: Callable, args: type, description: str) -> int:
+    """main of the command line's args. 2, after one line, for a UserError, 130 for Ctrl-C before anything ran."""
+    try:
+        return main(tyro.cli(args, description=description)) or 0
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def grid(args) -> dict[str, dict]:

@@ -25,7 +25,7 @@ import tyro
 from rliable import metrics
 
 from benchmark import write_csv
-from benchmark.grids import UserError
+from benchmark.grids import UserError, exit_code
 from benchmark.scores import (
     COLUMNS,
     LAST,
@@ -319,8 +319,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args, description=__doc__))
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code(main, Args, __doc__))

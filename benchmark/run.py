@@ -29,7 +29,7 @@ from typing import Literal
 
 import tyro
 
-from benchmark.grids import UserError, estimate, grid, merge, run_folders, steps
+from benchmark.grids import UserError, estimate, exit_code, grid, merge, run_folders, steps
 
 
 @dataclasses.dataclass
@@ -296,10 +296,4 @@ def main(args: Args) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(tyro.cli(Args, description=__doc__)))
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:  # before anything ran
-        sys.exit(130)
+    sys.exit(exit_code(main, Args, __doc__))

@@ -24,7 +24,7 @@ import optuna
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmark.grids import ROOT, UserError
+from benchmark.grids import ROOT, UserError, exit_code
 from benchmark.run import run_cell, run_folders, start_ray, stop_tasks, tail
 from benchmark.scores import LAST
 
@@ -209,10 +209,4 @@ def main(args: Args) -> int:
 
 if __name__ == "__main__":
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        sys.exit(main(tyro.cli(Args, description=__doc__)))
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:  # before anything ran
-        sys.exit(130)
+    sys.exit(exit_code(main, Args, __doc__))

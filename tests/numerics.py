@@ -28,3 +28,19 @@ def update_of(module, agent, args):
     """A script's update of one agent as update(batch, noise, n) -> statistics (L,), and the target that it moves."""
     update, learner = module.make_update([agent], args)
     return lambda batch, noise, n: update(*(x[None] for x in (*batch, *noise)), n=n)[0], learner["target"][0]
+
+
+def check_score(module, agent) -> None:
+    """A script's `score` is the gradient of min Q / alpha + log |da/du| by finite differences; O 4, D 2, alpha 0.5."""
+    obs, u = torch.randn(3, 4, dtype=torch.float64), torch.randn(5, 3, 2, dtype=torch.float64)
+
+    def log_p(u):
+        q = agent.q(obs.expand(5, -1, -1), u.tanh())
+        return torch.minimum(q[..., 0], q[..., 1]) / 0.5 + (1 - u.tanh() ** 2).log().sum(-1)
+
+    score = module.score(agent.qf, obs, u, 0.5)
+    for d in range(2):
+        step = torch.zeros(2, dtype=torch.float64)
+        step[d] = 1e-6
+        torch.testing.assert_close(score[..., d], (log_p(u + step) - log_p(u - step)) / 2e-6, rtol=1e-4, atol=1e-6)
+    assert module.score(agent.qf, obs, torch.full_like(u, 50.0), 0.5).isfinite().all()

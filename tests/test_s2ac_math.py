@@ -8,7 +8,7 @@ import torch
 
 import s2ac_continuous_action as s2ac
 import sac_continuous_action as sac
-from numerics import action_grid, random_batch, update_of
+from numerics import action_grid, check_score, random_batch, update_of
 
 VARIANTS = ("phi", "phi-theta", "phi-theta-psi")
 
@@ -156,18 +156,7 @@ def test_bandwidth_against_pairs():
 
 def test_score_against_finite_differences():
     agent = random_agent(4, 2, alpha=0.5)
-    obs, u = torch.randn(3, 4, dtype=torch.float64), torch.randn(5, 3, 2, dtype=torch.float64)
-
-    def log_p(u):
-        q = agent.q(obs.expand(5, -1, -1), u.tanh())
-        return torch.minimum(q[..., 0], q[..., 1]) / 0.5 + (1 - u.tanh() ** 2).log().sum(-1)
-
-    score = s2ac.score(agent.qf, obs, u, 0.5)
-    for d in range(2):
-        step = torch.zeros(2, dtype=torch.float64)
-        step[d] = 1e-6
-        torch.testing.assert_close(score[..., d], (log_p(u + step) - log_p(u - step)) / 2e-6, rtol=1e-4, atol=1e-6)
-    assert s2ac.score(agent.qf, obs, torch.full_like(u, 50.0), 0.5).isfinite().all()
+    check_score(s2ac, agent)
 
 
 class KnownQ(torch.nn.Module):

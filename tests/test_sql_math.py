@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import sql_continuous_action as sql
-from numerics import action_grid, random_batch, update_of
+from numerics import action_grid, check_score, random_batch, update_of
 
 
 class KnownQ(torch.nn.Module):
@@ -91,18 +91,7 @@ def test_equal_particles_have_a_finite_direction():
 def test_score_against_finite_differences():
     torch.manual_seed(0)
     agent = sql.SQL(4, 2, sql.Args(alpha=0.5)).double()
-    obs, u = torch.randn(3, 4, dtype=torch.float64), torch.randn(5, 3, 2, dtype=torch.float64)
-
-    def log_p(u):
-        q = agent.q(obs.expand(5, -1, -1), u.tanh())
-        return torch.minimum(q[..., 0], q[..., 1]) / 0.5 + (1 - u.tanh() ** 2).log().sum(-1)
-
-    score = sql.score(agent.qf, obs, u, 0.5)
-    for d in range(2):
-        step = torch.zeros(2, dtype=torch.float64)
-        step[d] = 1e-6
-        torch.testing.assert_close(score[..., d], (log_p(u + step) - log_p(u - step)) / 2e-6, rtol=1e-4, atol=1e-6)
-    assert sql.score(agent.qf, obs, torch.full_like(u, 50.0), 0.5).isfinite().all()
+    check_score(sql, agent)
 
 
 @pytest.mark.parametrize("action_dim, n", [(1, 4001), (2, 401)])
