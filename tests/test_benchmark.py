@@ -62,13 +62,17 @@ def results(pattern: str) -> dict[str, list[dict]]:
 def test_committed_curves_back_the_readme():
     """Each committed curve has a row in the README's table with its own numbers."""
     readme = (ROOT / "README.md").read_text()
-    for path, rows in results("hopper_*.csv").items():
+    files = results("hopper_*.csv") | results("halfcheetah_*.csv")
+    assert len(files) == 4
+    for path, rows in files.items():
         assert list(rows[0]) == COLUMNS
         script = path.stem.partition("_")[2]
         for seed in {row["seed"] for row in rows}:
-            returns = [float(row["return"]) for row in rows if row["seed"] == seed]
+            runs = [row for row in rows if row["seed"] == seed]
+            task, returns = runs[0]["command"].split()[2], [float(row["return"]) for row in runs]
             numbers = f"{max(returns):.0f} | {sum(returns[-5:]) / 5:.0f} | {returns[-1]:.0f}"
-            assert f"| {script} | {seed} | {numbers} |" in readme, path
+            facts = f"{runs[-1]['step']} | {runs[-1]['SPS']} | {runs[-1]['commit']}"
+            assert f"| {task} | {script} | {seed} | {numbers} | {facts} |" in readme, path
 
 
 def test_committed_goal_maps_back_the_readme():

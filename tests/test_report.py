@@ -220,12 +220,15 @@ def test_grid_folder(tmp_path):
 
 
 def test_committed_curves_beside_the_paper_back_the_readme(tmp_path, capsys):
-    curves = tuple(ROOT / "benchmark" / "results" / f"hopper_{script}.csv" for script in ("meow", "sac"))
+    folder, tasks = ROOT / "benchmark" / "results", ("halfcheetah", "hopper")
+    curves = tuple(folder / f"{task}_{script}.csv" for task in tasks for script in ("meow", "sac"))
     report.main(report.Args(curves, tmp_path / "out"))
-    comparison, scores = capsys.readouterr().out.split("\n\n")[:2]
-    assert comparison.count("| MEow paper figure 3 (digitised) |") == 20 and "SimbaV2" in comparison
+    *comparisons, final, aggregate, probability = capsys.readouterr().out.split("\n\n")[:5]
+    for comparison in comparisons:  # a task each
+        assert comparison.count("| MEow paper figure 3 (digitised) |") == 20 and comparison.count("SimbaV2") == 6
+    assert final.count("-v4 | MEow |") == 2 and "| SAC | 3 | 2 |" in aggregate and "P(MEow > SAC)" in probability
     readme = (ROOT / "README.md").read_text()
-    assert comparison in readme and scores.count("| Hopper-v4 |") == 2 and scores in readme
+    assert all(table in readme for table in (*comparisons, final, aggregate, probability))
 
 
 def test_mistakes_are_one_line(tmp_path):
