@@ -128,6 +128,7 @@ def start_ray():
     """Ray on this machine, small and quiet, or the cluster at RAY_ADDRESS. Returns the module. Raises UserError."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # run_cell hides the GPUs itself
+    os.environ.setdefault("RAY_worker_niceness", "0")  # with Ray's 15 a grid stands still beside any other job
     import ray
 
     local = dict(address="local", num_cpus=os.cpu_count(), include_dashboard=False, object_store_memory=80 * 2**20)

@@ -6,6 +6,7 @@ of its steps, Mistake-v0 is refused, any other runs through. Each step executed 
 
 import argparse
 import json
+import os
 import shlex
 import signal
 import sys
@@ -52,7 +53,8 @@ else:
     for seed in range(args.seed, args.seed + args.num_seeds):
         run = Path("runs") / f"{args.env_id}__{args.exp_name}__{seed}__{time.time_ns()}"
         run.mkdir(parents=True)
-        facts = dict(args=vars(args) | {"seed": seed}, command=shlex.join(sys.argv), commit="abc", machine="none")
+        facts = dict(args=vars(args) | {"seed": seed}, command=shlex.join(sys.argv), commit="abc")
+        facts |= dict(machine=f"niceness {os.nice(0)}")
         (run / "args.json").write_text(json.dumps(facts))
         runs.append(run)
 writers = [EventFileWriter(str(run)) for run in runs]

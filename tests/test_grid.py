@@ -76,6 +76,8 @@ def test_a_crash_stops_nothing_else_and_is_reported(tmp_path):
     assert "failed: fake_script__Crash-v0__seed2, exit code 1" in out
     assert "FloatingPointError: the loss is not finite at step 60" in out and "error: no task Mistake-v0" in out
     before = steps(tmp_path / "g")
+    facts = json.loads((tmp_path / "g" / good["runs"][0] / "args.json").read_text())
+    assert facts["machine"] == f"niceness {os.nice(0)}"  # no less than that of what else this machine does
     assert len(good["runs"]) == 1 and before[Path(good["runs"][0]).name] == list(range(10, 101, 10))
 
     code, out, err = wait(start(tmp_path / "g", "--scripts", FAKE, "--env-ids", "Good-v0"))
