@@ -141,7 +141,7 @@ class Args:
 
 
 # The paper's settings for MuJoCo; a v5 id takes the v4 preset. On the goal maps the paper's (tau 0.0005, one
-# environment, 4,000 steps) stop far from the optimum of their own objective: README.md says what changed.
+# environment, 4,000 steps) stop far from the optimum of their own objective: docs/results.md says what changed.
 GOAL_MAP = dict(gamma=0.9, sigma_min=-2.0, sigma_max=1.0, num_envs=8, learning_starts=1_000)
 GOAL_MAP |= dict(total_timesteps=16_000, buffer_size=100_000, eval_frequency=2_000)
 GOAL_MAP |= dict(density="mixture", clipped_double_q=False, learning_starts=3_000)  # a flow fails beyond 1_000

@@ -142,7 +142,7 @@ class Args:
 
 
 # The paper's settings for its six Isaac tasks, MEow's and SAC's; Isaac Lab's tasks take those of the same name. The
-# ones for brax are this project's own, chosen on ant (README.md says what was tried).
+# ones for brax are this project's own, chosen on ant (docs/parallel.md says what was tried).
 PRESETS = {
     "Ant": dict(alpha=0.075, tau=0.0005, sigma_max=2.0),
     "Humanoid": dict(alpha=0.25, tau=0.00025),

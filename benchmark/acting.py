@@ -5,7 +5,7 @@
 One state, no GPU, one thread, not compiled; agents as they are initialised, each with its MuJoCo preset. `draw` is
 agent.sample(obs), `evaluation` agent.sample(obs, deterministic=True). Batches of calls of all agents are interleaved,
 so that a machine that changes its pace does so for all; of each the best batch counts. Relative times are to SAC's.
-Printed: a table for the README.
+Printed: a table for docs/results.md.
 """
 
 import dataclasses

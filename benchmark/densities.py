@@ -157,7 +157,7 @@ class SplineMEow(MixtureSplineMEow):
         return dict(entropy=-self.log_prob(obs, self.sample(obs)).mean())
 
 
-FLOW = "--density flow --learning-starts 1000"  # more random steps end the flow: README.md
+FLOW = "--density flow --learning-starts 1000"  # more random steps end the flow: docs/results.md
 TRIALS = {  # name -> (flags beside the map's preset, what makes the agent if it is not the script)
     "mixture of 8, the preset": ("", None),
     "mixture of 1": ("--components 1", None),

@@ -10,7 +10,7 @@ of mixtures by quadrature.
 
 Columns of the CSV: estimate and spread are the mean over the seeds of -mean log q^L and its standard deviation;
 particles' entropy is that of a Gaussian with the particles' covariance: for a Gaussian target it says whether the
-particles have arrived, whatever (3) says of them. Printed: a table for the README.
+particles have arrived, whatever (3) says of them. Printed: a table for docs/results.md.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The measuring commands run as documented, and the committed results have what the README quotes."""
+"""The measuring commands run as documented, and the committed results have what the README and docs/ quote."""
 
 import csv
 import dataclasses
@@ -59,9 +59,9 @@ def results(pattern: str) -> dict[str, list[dict]]:
     return files
 
 
-def test_committed_curves_back_the_readme():
-    """Each committed curve has a row in the README's table with its own numbers."""
-    readme = (ROOT / "README.md").read_text()
+def test_committed_curves_back_the_pages():
+    """Each committed curve has a row in the table of docs/results.md with its own numbers."""
+    page = (ROOT / "docs" / "results.md").read_text()
     files = results("hopper_*.csv") | results("halfcheetah_*.csv")
     assert len(files) == 4
     for path, rows in files.items():
@@ -72,15 +72,22 @@ def test_committed_curves_back_the_readme():
             task, returns = runs[0]["command"].split()[2], [float(row["return"]) for row in runs]
             numbers = f"{max(returns):.0f} | {sum(returns[-5:]) / 5:.0f} | {returns[-1]:.0f}"
             facts = f"{runs[-1]['step']} | {runs[-1]['SPS']} | {runs[-1]['commit']}"
-            assert f"| {task} | {script} | {seed} | {numbers} | {facts} |" in readme, path
+            assert f"| {task} | {script} | {seed} | {numbers} | {facts} |" in page, path
 
 
-def test_committed_goal_maps_back_the_readme():
-    """The README's table is the one that the command prints from the committed runs, of S2AC but one."""
+def test_committed_goal_maps_back_the_pages():
+    """The table of docs/results.md is the one that the command prints from the committed runs, of S2AC but one."""
     ((_, rows),) = results("truth_presets.csv").items()
     assert len(rows) == 2 * 4 * 3 + 1 + 3 * 2
-    assert truth.table(rows, 400) in (ROOT / "README.md").read_text()
+    assert truth.table(rows, 400) in (ROOT / "docs" / "results.md").read_text()
     four = [row for row in rows if row["env_id"] == "multigoal:MultiGoal-v0"]
+    errors, least = [], []
+    for name, algorithm in (("MEow", "meow"), ("SAC", "sac"), ("SQL", "sql"), ("the paper's flow", "meow-flow")):
+        own = [row for row in four if row["algorithm"] == algorithm]
+        errors.append(f"{name} {sum(float(row['rmse']) for row in own) / len(own):.1f}")
+        least.append(f"{name} {min(int(g) for row in own for g in row['goals'].split(' / ')) / 4:.0f}%")
+    readme = (ROOT / "README.md").read_text()
+    assert f"| {', '.join(errors)} |" in readme and f"| {', '.join(least)}; the optimum 23% |" in readme
     assert all(row["reached"] == "400" for row in four if row["algorithm"] == "sql")
 
 
@@ -151,10 +158,10 @@ def test_densities_command(tmp_path, capfd):
     assert densities.main(densities.Args(("mixture of 3",))) == 2 and "mixture of 3" in capfd.readouterr().err
 
 
-def test_committed_densities_back_the_readme():
-    """The README's table is the one that the command prints; of seed 1 no trial has a smaller error than the preset."""
+def test_committed_densities_back_the_pages():
+    """The table is the one that the command prints; of seed 1 no trial has a smaller error than the preset."""
     ((_, rows),) = results("densities.csv").items()
-    assert densities.table(rows, 400) in (ROOT / "README.md").read_text()
+    assert densities.table(rows, 400) in (ROOT / "docs" / "results.md").read_text()
     rmse = {row["trial"]: float(row["rmse"]) for row in rows if row["seed"] == "1"}
     assert set(rmse) == set(densities.TRIALS) and min(rmse, key=rmse.get) == "mixture of 8, the preset"
 
@@ -174,9 +181,9 @@ def test_entropy_study(tmp_path, monkeypatch, capsys):
     assert "| paper | 3.413 |" in capsys.readouterr().out
 
 
-def test_committed_entropy_study_backs_the_readme():
+def test_committed_entropy_study_backs_the_pages():
     ((_, rows),) = results("entropy.csv").items()
-    assert entropy.table(rows) in (ROOT / "README.md").read_text()
+    assert entropy.table(rows) in (ROOT / "docs" / "results.md").read_text()
     (paper,) = [r for r in rows if (r["target"], r["varied"], r["sigma"]) == ("paper", "sigma", "5.0")]
     assert paper["seeds"] == "10" and abs(float(paper["estimate"]) - 3.413) < 0.1
 
@@ -192,19 +199,19 @@ def test_acting_command(tmp_path, capsys):
     assert expected in capsys.readouterr().out
 
 
-def test_committed_acting_times_back_the_readme():
+def test_committed_acting_times_back_the_pages():
     ((_, rows),) = results("acting.csv").items()
-    assert acting.table(rows) in (ROOT / "README.md").read_text()
+    assert acting.table(rows) in (ROOT / "docs" / "results.md").read_text()
     times = {(row["env_id"], row["algorithm"]): float(row["evaluation_ms"]) for row in rows}
     assert all(times[env_id, "S2AC phi-theta-psi"] < 1.3 * times[env_id, "SAC"] for env_id in acting.SIZES)
 
 
-def test_committed_comparison_with_sb3_backs_the_readme(capsys):
-    readme = (ROOT / "README.md").read_text()
+def test_committed_comparison_with_sb3_backs_the_pages(capsys):
+    page = (ROOT / "docs" / "results.md").read_text()
     for _, rows in results("sb3_*.csv").items():
         sb3.report(rows, (1, 2, 3))
         printed = capsys.readouterr().out
-        assert all(line in readme for line in printed.splitlines()), printed
+        assert all(line in page for line in printed.splitlines()), printed
 
 
 def test_sb3_report(capsys):
@@ -245,20 +252,20 @@ def test_estimation_command(tmp_path, monkeypatch):
             assert bias < 3 * spread / (8 * 2048 / int(row["M"])) ** 0.5
 
 
-def test_committed_estimation_backs_the_readme():
+def test_committed_estimation_backs_the_pages():
     """Each quoted pair `bias / spread` is in the CSV of its task."""
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "results.md").read_text()
     for _, rows in results("estimation_*.csv").items():
         for states in ("initial", "visited"):
             for name in (estimation.UNIFORM, estimation.GAUSSIAN, estimation.OWN):
                 chosen = {int(r["M"]): r for r in rows if (r["states"], r["estimator"]) == (states, name)}
                 cells = (f"{float(chosen[m]['bias']):.2f} / {float(chosen[m]['spread']):.2f}" for m in (1, 16, 1024))
                 env_id = rows[0]["env_id"].partition(":")[2] or rows[0]["env_id"]
-                assert f"| {env_id} | {states} | {name} | {' | '.join(cells)} |" in readme
+                assert f"| {env_id} | {states} | {name} | {' | '.join(cells)} |" in page
 
 
-def test_readme_says_how_much_the_scripts_differ():
-    readme = (ROOT / "README.md").read_text()
+def test_pages_say_how_much_the_scripts_differ():
+    page = (ROOT / "docs" / "algorithms.md").read_text()
     for other in ("sac", "sql"):
         command = [
             sys.executable,
@@ -269,14 +276,14 @@ def test_readme_says_how_much_the_scripts_differ():
         ]
         printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
         (total,) = (line for line in printed.splitlines() if line.startswith("total"))
-        assert total in readme
+        assert total in page
 
 
-def test_committed_rates_back_the_readme():
-    readme = (ROOT / "README.md").read_text()
+def test_committed_rates_back_the_pages():
+    page = (ROOT / "docs" / "parallel.md").read_text()
     for _, rows in results("brax_rates.csv").items():
         for r in rows:
-            assert f"| {r['algo']} | {r['num_envs']} | {r['robot_steps_per_s']} | {r['updates_per_s']} |" in readme
+            assert f"| {r['algo']} | {r['num_envs']} | {r['robot_steps_per_s']} | {r['updates_per_s']} |" in page
         assert {(r["algo"], r["num_envs"]) for r in rows} == {
             (a, n) for a in ("meow", "sac") for n in "16 64 256 512".split()
         }
@@ -302,15 +309,15 @@ def test_soak(tmp_path):
     assert soak.verdict([good[0] | dict(rss_mb=400.0, open_files=19), *good], 200)[1]  # before it has settled
 
 
-def test_committed_soak_backs_the_readme():
+def test_committed_soak_backs_the_pages():
     (_, rows) = next(iter(results("soak.csv").items()))
     rows = [{k: x if k in ("file", "commit", "command") else json.loads(x) for k, x in row.items()} for row in rows]
     assert rows[-1]["step"] == 200_000 and len({row["step"] for row in rows if row["file"] == "checkpoint.pt"}) == 41
     line, well = soak.verdict(rows, 20_000)
-    readme = " ".join((ROOT / "README.md").read_text().replace(",", "").split())
+    page = " ".join((ROOT / "docs" / "running.md").read_text().replace(",", "").split())
     numbers = re.findall(r"[\d.]+", line)  # checkpoints, seconds, memory, step, growth, files, files, share, longest
     assert well and len(numbers) == 9
     for text in (f"{numbers[0]} checkpoints in {numbers[1]} s: resident memory {numbers[2]} MB", f"{numbers[4]}% more"):
-        assert text in readme
-    assert f"{numbers[5]} open files throughout {numbers[7]}% of the time for checkpoints" in readme
-    assert f"the longest {numbers[8]} s" in readme
+        assert text in page
+    assert f"{numbers[5]} open files throughout {numbers[7]}% of the time for checkpoints" in page
+    assert f"the longest {numbers[8]} s" in page

@@ -219,7 +219,7 @@ def test_grid_folder(tmp_path):
     assert [max(r.returns) for r in runs] == [50, 100] and len(left_out) == 1 and "s.csv" in left_out[0].split("(")[0]
 
 
-def test_committed_curves_beside_the_paper_back_the_readme(tmp_path, capsys):
+def test_committed_curves_beside_the_paper_back_the_pages(tmp_path, capsys):
     folder, tasks = ROOT / "benchmark" / "results", ("halfcheetah", "hopper")
     curves = tuple(folder / f"{task}_{script}.csv" for task in tasks for script in ("meow", "sac"))
     report.main(report.Args(curves, tmp_path / "out"))
@@ -227,8 +227,14 @@ def test_committed_curves_beside_the_paper_back_the_readme(tmp_path, capsys):
     for comparison in comparisons:  # a task each
         assert comparison.count("| MEow paper figure 3 (digitised) |") == 20 and comparison.count("SimbaV2") == 6
     assert final.count("-v4 | MEow |") == 2 and "| SAC | 3 | 2 |" in aggregate and "P(MEow > SAC)" in probability
+    page = (ROOT / "docs" / "results.md").read_text()
     readme = (ROOT / "README.md").read_text()
-    assert all(table in readme for table in (*comparisons, final, aggregate, probability))
+    for task, comparison in zip(("HalfCheetah-v4", "Hopper-v4"), comparisons, strict=True):
+        found = re.findall(rf"^\| {task} \| (\w+) \| 3 \| 300000 \| (\d+) \| (\d+ to \d+) \|", final, re.M)
+        ours = ", ".join(f"{method} {mean} ({ends})" for method, mean, ends in found)
+        paper = re.search(r"^\| MEow \| 300000 \|.*\(digitised\) \| (\d+) \|", comparison, re.M)[1]
+        assert f"| {task}, 300,000 steps | {ours}; the paper's MEow has {paper} there |" in readme
+    assert all(table in page for table in (*comparisons, final, aggregate, probability))
 
 
 def test_mistakes_are_one_line(tmp_path):

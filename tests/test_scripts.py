@@ -348,16 +348,16 @@ OWN_METRICS = {
 
 
 def test_logs(module, trained):
-    """Every metric is there, at the right steps, and documented in the README; so is every flag."""
+    """Every metric is there, at the right steps, and documented in docs/running.md; so is every flag."""
     logged = scalars(trained)
     charts = {"charts/episodic_return", "charts/episodic_length", "charts/SPS"}
     others = {"eval/episodic_return", "eval/episodic_length"}
     assert set(logged) == {"losses/" + name for name in LOSSES} | charts | others | OWN_METRICS[module]
     assert [step for step, _ in logged["eval/episodic_return"]] == [200, 400, 600]
     assert [step for step, _ in logged["losses/qf_loss"]] == [200, 304, 400, 504, 600]
-    readme = (ROOT / "README.md").read_text()
-    assert not [tag for tag in logged if f"`{tag}`" not in readme]
-    assert not [f for f in module.Args.__dataclass_fields__ if f"`--{f.replace('_', '-')}" not in readme]
+    page = (ROOT / "docs" / "running.md").read_text()
+    assert not [tag for tag in logged if f"`{tag}`" not in page]
+    assert not [f for f in module.Args.__dataclass_fields__ if f"`--{f.replace('_', '-')}" not in page]
     written = json.loads((trained / "args.json").read_text())
     assert written["args"]["alpha"] == 2.5 and written["args"]["total_timesteps"] == 600
     assert written["versions"]["torch"] == torch.__version__
@@ -381,6 +381,18 @@ def test_readme_names_the_lines_of_the_equations():
     assert [row[0] for row in rows] == list("123456")
     for _, name, line in rows:
         assert f"def {name.split('.')[-1]}(" in lines[int(line) - 1]
+
+
+def test_links_of_the_pages_lead_somewhere():
+    """Each relative link of README.md and docs/ to a file that is there and, after a #, to a heading of it."""
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        text = re.sub(r"`[^`]*`", "", page.read_text())  # messages of gymnasium's have brackets, too
+        for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+            target = page.parent / path if path else page
+            assert target.is_file(), (page, path)
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M) if anchor else []
+            slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert not anchor or anchor in slugs, (page, anchor)
 
 
 def test_evaluate_replays_a_checkpoint(module, trained):
