@@ -385,9 +385,11 @@ def test_readme_names_the_lines_of_the_equations():
 
 def test_links_of_the_pages_lead_somewhere():
     """Each relative link of README.md and docs/ to a file that is there and, after a #, to a heading of it."""
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        text = re.sub(r"`[^`]*`", "", page.read_text())  # messages of gymnasium's have brackets, too
-        for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+    pages = {ROOT / "README.md", *(ROOT / "docs").glob("*.md")}
+    pages -= {ROOT / "docs" / "bad-inputs.md"}  # it quotes messages
+    assert len(pages) > 5
+    for page in sorted(pages):
+        for path, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", page.read_text()):
             target = page.parent / path if path else page
             assert target.is_file(), (page, path)
             headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M) if anchor else []
