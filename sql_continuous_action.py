@@ -469,7 +469,8 @@ def compiled(function: Callable, args: Args) -> Callable:
     if args.compile != "on":
         return function
     cuda = choose_device(args).type == "cuda"
-    options = {"triton.cudagraphs": True} if cuda else {"cpp_wrapper": True}  # launched without Python in between
+    # Launched without Python in between; a CPU's loops read what they need twice instead of computing it in each
+    options = {"triton.cudagraphs": True} if cuda else {"cpp_wrapper": True, "realize_reads_threshold": 0}
     options["guard_filter_fn"] = torch.compiler.keep_tensor_guards_unsafe  # check shapes, not every module, each time
     fast, chosen = torch.compile(function, fullgraph=True, options=options), None
 
