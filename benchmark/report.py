@@ -171,7 +171,8 @@ def final_table(page: Page, runs: list[Run], curves: dict, reps: int) -> None:
             row = dict(task=env_id, method=method, seeds=len(own), step=step, mean=number(mean[0]))
             row |= {"95% interval": span(np.nan, np.nan) if ends is None else span(*ends[:, 0])}
             row |= {"median": number(mean[1]), "each seed": " / ".join(number(x) for x in scores[:, 0])}
-            row |= {"best evaluation": number(max(max(run.returns.values()) for run in own))}
+            best = max(value for run in own for at, value in run.returns.items() if at <= step)
+            row |= {"best evaluation": number(best)}
             paper = next(iter(references_of(own[0], curves).values()), {})
             rows.append(row | {"paper's end": f"{number(paper[max(paper)])} ({max(paper)})" if paper else ""})
     page.text("Final scores", "h3")

@@ -124,6 +124,7 @@ def test_comparison_and_final_scores(curves, tmp_path, capsys):
     row = final["Hopper-v4", "MEow"]
     assert (row["step"], row["seeds"], row["median"]) == ("40000", "3", "429")  # 400 + 4 + mean of 10, 20, 30, 40
     assert row["each seed"] == "426 / 429 / 434" and row["paper's end"] == "3490 (1500000)"
+    assert row["best evaluation"] == "449"  # seed 3's at step 40,000, not what the others have later
     row = final["multigoal:MultiGoal-v0", "S2AC"]
     assert row["95% interval"] == "one seed" and row["paper's end"] == ""
     variant = next(t for t in first if any("no-reward-shift" in r.get("method", "") for r in t))
@@ -235,6 +236,30 @@ def test_committed_curves_beside_the_paper_back_the_pages(tmp_path, capsys):
         paper = re.search(r"^\| MEow \| 300000 \|.*\(digitised\) \| (\d+) \|", comparison, re.M)[1]
         assert f"| {task}, 300,000 steps | {ours}; the paper's MEow has {paper} there |" in readme
     assert all(table in page for table in (*comparisons, final, aggregate, probability))
+
+
+def test_committed_ablations_back_the_pages(tmp_path, capsys):
+    """The tables of docs/results.md, and the paper's order of figure 6 at its steps from 90,000 to 150,000."""
+    folder, page = ROOT / "benchmark" / "results", (ROOT / "docs" / "results.md").read_text()
+    report.main(report.Args((folder / "ablation_hopper.csv", folder / "hopper_meow.csv"), tmp_path / "out"))
+    _, _, _, comparison, final, _, probability = capsys.readouterr().out.split("\n\n")[:7]
+    rows = [line for line in comparison.splitlines() if line.startswith("| MEow no-")]
+    assert len(rows) == 10 and all(row in page for row in rows)
+    assert final in page and probability in page
+    readme = (ROOT / "README.md").read_text()
+    shown = re.findall(
+        r"^\| Hopper-v4 \| MEow ?([\w -]*) \| 3 \| 150000 \| ([\d.]+) \| ([\d.]+) to ([\d.]+) \|", final, re.M
+    )
+    names = ("MEow", "affine couplings", "without the minimum of the heads", "without the shifts")
+    assert [variant for variant, *_ in shown] == ["", "coupling affine", "no-clipped-double-q", "no-reward-shift"]
+    numbers = ([round(float(x)) for x in row[1:]] for row in shown)
+    cells = [f"{name} {mean} ({low} to {high})" for name, (mean, low, high) in zip(names, numbers, strict=True)]
+    assert f"| Hopper-v4, 150,000 steps, ablations | {', '.join(cells)} |" in readme
+    ours = {(row["method"], int(row["step"])): float(row["ours"]) for row in tables(f"{comparison}\n")[0]}
+    theirs = {(row["method"], int(row["step"])): float(row["its return"]) for row in tables(f"{comparison}\n")[0]}
+    for curves, step in itertools.product((ours, theirs), (90_000, 120_000, 150_000)):
+        full, *ablated = (curves[f"MEow{name}", step] for name in ("", " no-clipped-double-q", " no-reward-shift"))
+        assert full > ablated[0] > ablated[1]
 
 
 def test_mistakes_are_one_line(tmp_path):
