@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 from rliable import metrics
+from scipy.stats import trim_mean
 
 from benchmark import write_csv
 from benchmark.grids import UserError, exit_code
@@ -234,7 +235,7 @@ def aggregates(page: Page, name: str, runs: list[Run], curves: dict, reps: int) 
         figure, (ax,) = axes(f"Sample efficiency ({about})", "environment steps", "IQM of scores")
         for method, c in chosen.items():
             x = np.array([[[r.returns[s] / scale[r.env_id] for s in steps] for r in own] for own in c])  # (tasks, n, S)
-            point, ends = interval(x.swapaxes(0, 1), lambda x: np.array([*map(metrics.aggregate_iqm, x.T)]), reps)
+            point, ends = interval(x.swapaxes(0, 1), lambda x: trim_mean(x.reshape(-1, x.shape[-1]), 0.25), reps)
             (line,) = ax.plot(steps, point, marker=".", label=method)
             if ends is not None:
                 ax.fill_between(steps, *ends, color=line.get_color(), alpha=0.2)
