@@ -135,7 +135,7 @@ class Args:
     clipped_double_q: bool = True
     """the smaller V_i' in the target (without it their mean: the paper's ablation with shifts only)"""
     density: Literal["flow", "mixture"] = "flow"
-    """what pi is: the paper's flow, or a mixture of Gaussians on the box, which has several modes from the start"""
+    """what pi is: the paper's flow (on the goal maps with --clipped-double-q --learning-starts 1000) or a mixture"""
     components: int = 8
     """Gaussians of the mixture"""
 

@@ -168,7 +168,7 @@ OWN_RANGES = {
 
 
 EVAL_SEED = 10_000  # evaluation episodes start from seeds 10000, 10001, ..., whatever --seed is
-COMPILE_PAYS = 20_000  # updates from which on compiling, about a minute without a cache, saves more than it costs
+COMPILE_PAYS = 1_500  # updates from which on compiling, two minutes without a cache, saves more than it costs
 
 
 # What --resume lets a flag change: nothing that would make it another run

@@ -35,7 +35,7 @@ from benchmark import as_done, write_csv
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = {"meow-flow": "--density flow --clipped-double-q --learning-starts 1000"}  # the paper's
 FLAGS |= {f"s2ac-{variant}": f"--variant {variant}" for variant in ("phi", "phi-theta", "phi-theta-psi")}
-SHORT = {"sql": "--batch-size 64", "s2ac": "--batch-size 64 --utd 0.25"}  # beside half the presets' steps
+SHORT = {"sql": "--batch-size 64", "s2ac": "--batch-size 32 --utd 0.25"}  # beside half the presets' steps
 OWN_ALPHA = dict(zip(multigoal.MAPS, (2.5, 10.0), strict=True))  # the presets'
 
 
@@ -52,7 +52,7 @@ class Args:
     presets: bool = False
     """instead of --alphas each map's own temperature, with the scripts' presets at full length"""
     total_timesteps: int = 8_000
-    """steps of every run without --presets, an update each (S2AC's one in four, SQL's and S2AC's of batches of 64)"""
+    """steps of every run without --presets, an update each (SQL's of batches of 64, S2AC's one in four, of 32)"""
     episodes: int = 400
     """rollouts of a trained policy"""
     jobs: int = 2
