@@ -1,5 +1,6 @@
 """The page about runs: what it reads, its statistics against computations of their own, and in Chromium."""
 
+import collections
 import csv
 import dataclasses
 import itertools
@@ -260,6 +261,44 @@ def test_committed_ablations_back_the_pages(tmp_path, capsys):
     for curves, step in itertools.product((ours, theirs), (90_000, 120_000, 150_000)):
         full, *ablated = (curves[f"MEow{name}", step] for name in ("", " no-clipped-double-q", " no-reward-shift"))
         assert full > ablated[0] > ablated[1]
+
+
+def test_committed_mixture_on_hopper_backs_the_pages(tmp_path, capsys):
+    """Final scores up to the common 200,000 steps, in docs/results.md and the README."""
+    folder, page = ROOT / "benchmark" / "results", (ROOT / "docs" / "results.md").read_text()
+    report.main(report.Args((folder / "mixture_hopper.csv", folder / "hopper_meow.csv"), tmp_path / "out"))
+    blocks = capsys.readouterr().out.split("\n\n")
+    (final,) = (block for block in blocks if block.startswith("| task | method |") and "density mixture" in block)
+    (probability,) = (block for block in blocks if block.startswith("| of |"))
+    assert final in page and probability in page
+    row = r"^\| Hopper-v4 \| MEow( density mixture|) \| 3 \| 200000 \| (\d+) \| (\d+ to \d+) \|"
+    shown = {variant: f"{mean} ({ends})" for variant, mean, ends in re.findall(row, final, re.M)}
+    text = f"MEow with its mixture {shown[' density mixture']}, with the paper's flow {shown['']}"
+    assert f"| Hopper-v4, 200,000 steps, densities | {text} |" in (ROOT / "README.md").read_text()
+    first, after, low = {}, collections.Counter(), collections.Counter()  # to pass 3,000; evaluations after that
+    for each in scores.load((folder / "mixture_hopper.csv", folder / "hopper_meow.csv"))[0]:
+        passed = min(step for step, value in each.returns.items() if value > 3000)
+        later = [value for step, value in each.returns.items() if step > passed]
+        first.setdefault(each.variant, {})[each.seed] = f"{passed:,}"
+        after[each.variant] += len(later)
+        low[each.variant] += sum(value < 2500 for value in later)
+    text = " ".join(page.split())
+    (mixture,) = (variant for variant in first if variant)
+    assert "after {}, {} and {} steps, the flow's after".format(*first[mixture].values()) in text
+    assert "the flow's after {}, {} and {}.".format(*first[""].values()) in text
+    assert f"after that {low[mixture]} of {after[mixture]} are below 2,500" in text
+    assert f"up to 300,000 steps, {low['']} of {after['']};" in text
+
+
+def test_committed_long_run_backs_the_pages(tmp_path, capsys):
+    """Beside the paper's curve at each of its steps, in docs/results.md; how far it is, in both pages."""
+    path, page = ROOT / "benchmark" / "results" / "full_hopper.csv", (ROOT / "docs" / "results.md").read_text()
+    report.main(report.Args((path,), tmp_path / "out"))
+    comparison, final, *_ = capsys.readouterr().out.split("\n\n")
+    assert comparison in page and final in page
+    step, score = re.search(r"^\| Hopper-v4 \| MEow \| 1 \| (\d+) \| (\d+) \|", final, re.M).groups()
+    assert f"first {int(step):,} steps of one" in page
+    assert f"first {int(step):,} of its 1,500,000 steps, {score}" in (ROOT / "README.md").read_text()
 
 
 def test_mistakes_are_one_line(tmp_path):
