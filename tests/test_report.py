@@ -298,7 +298,17 @@ def test_committed_long_run_backs_the_pages(tmp_path, capsys):
     assert comparison in page and final in page
     step, score = re.search(r"^\| Hopper-v4 \| MEow \| 1 \| (\d+) \| (\d+) \|", final, re.M).groups()
     assert f"first {int(step):,} steps of one" in page
-    assert f"first {int(step):,} of its 1,500,000 steps, {score}" in (ROOT / "README.md").read_text()
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"first {int(step):,} of its 1,500,000 steps, {score}" in readme
+    (long_run,) = scores.load((path,))[0]
+    late = {step: value for step, value in long_run.returns.items() if step >= 330_000}
+    (low,) = (step for step, value in late.items() if value < 3100)
+    assert low in list(late)[-5:]
+    assert f"one of the five is {late[low]:.0f}, the best evaluation is {max(late.values()):.0f}" in readme
+    text = f"One of the {len(late)} evaluations there is below 3,100, and it is among the last five: {late[low]:,.0f}"
+    assert f"{text} at {low:,}." in " ".join(page.split())
+    rows = [row for row in tables(f"{comparison}\n")[0] if int(row["step"]) >= 330_000]
+    assert len(rows) > 9 and max(abs(float(row["difference"])) for row in rows) < 100
 
 
 def test_mistakes_are_one_line(tmp_path):
