@@ -1,6 +1,6 @@
 """Every algorithm on the goal maps against the optimum of the objective that all of them share, at four temperatures.
 
-    python -m benchmark.truth --png benchmark/results/truth.png      # shortened runs, all of them in under 2 hours
+    python -m benchmark.truth --png benchmark/results/truth.png      # shortened runs
     python -m benchmark.truth --presets --csv benchmark/results/truth_presets.csv
 
 Trains through the scripts' command lines and measures the last checkpoint with multigoal.measure: 400 rollouts of
