@@ -404,7 +404,7 @@ def score(qf: Callable, obs: torch.Tensor, u: torch.Tensor, alpha: float) -> tor
     return torch.func.grad(log_p)(u)
 
 
-def bandwidth(u: torch.Tensor, minimum: float) -> torch.Tensor:
+def bandwidth(u: torch.Tensor, minimum: torch.Tensor | float) -> torch.Tensor:
     """h^2 = sum_ij |u_i - u_j|^2 / (4 m^2 log(m + 1)), (B,), of particles (m, B, D); a constant to gradients.
 
     It is at least `minimum`, the step size: (3) is of the first order in eps / h^2. Without that bound (7) finds
@@ -625,6 +625,7 @@ def make_s2ac_update(agents: list[S2AC], args: Args):
     targets = [copy.deepcopy(each.qf).requires_grad_(False) for each in agents]
     q_params, target_params = flatten_parameters([each.qf for each in agents]), flatten_parameters(targets)  # (S, P)
     initial_params = q_params.new_zeros(len(agents), 0)  # (S, P'), none in variant phi
+    alpha, eps = q_params.new_tensor([args.alpha, args.svgd_step_size])  # tensors: compiled once for all values
     learner = dict(target=targets, q_optimizer=torch.optim.Adam([q_params], lr=args.learning_rate, fused=True))
     if args.variant != "phi":
         initial_params = flatten_parameters([each.initial for each in agents])
@@ -638,13 +639,13 @@ def make_s2ac_update(agents: list[S2AC], args: Args):
 
     def policy(initial, qf, obs, noise):
         functions = (functools.partial(call, agent.initial, initial), functools.partial(call, agent.qf, qf))
-        return stein_policy(*functions, obs, noise, agent.alpha, agent.steps, agent.eps)
+        return stein_policy(*functions, obs, noise, alpha, agent.steps, eps)
 
     def q_gradient(q_params, target_params, initial_params, obs, actions, rewards, next_obs, terminations, noise):
         initial, target = unflatten(initial_params, agent.initial), unflatten(target_params, agent.qf)
         next_actions, next_log_prob = policy(initial, unflatten(q_params, agent.qf), next_obs, noise)  # (m, B, D)
         next_q = call(agent.qf, target, next_obs.expand(len(noise), *next_obs.shape), next_actions).amin(-1)  # (m, B)
-        next_v = monte_carlo_value(next_q, next_log_prob, agent.alpha)  # (B,)
+        next_v = monte_carlo_value(next_q, next_log_prob, alpha)  # (B,)
         y = rewards + args.gamma * (1 - terminations) * next_v  # (B,)
 
         def loss(params):
@@ -661,7 +662,7 @@ def make_s2ac_update(agents: list[S2AC], args: Args):
         def loss(params):
             actions, log_prob = policy(params, qf, obs, noise)
             q = call(agent.qf, qf, obs.expand(len(noise), *obs.shape), actions).amin(-1)  # (m, B)
-            actor_loss = (agent.alpha * log_prob - q).mean()
+            actor_loss = (alpha * log_prob - q).mean()
             return actor_loss, actor_loss
 
         grad, actor_loss = gradient_of(loss, unflatten(initial_params, agent.initial), args)
@@ -672,8 +673,8 @@ def make_s2ac_update(agents: list[S2AC], args: Args):
         x = torch.cat([obs.expand(len(z), *obs.shape), z], -1)  # (2 m, B, O + D)
         x, x_fixed = x.chunk(2)
         fixed = call(agent.sampler, sampler, x_fixed)  # (m, B, D)
-        scores = score(functools.partial(call, agent.qf, qf), obs, fixed, agent.alpha)  # (m, B, D)
-        h2 = bandwidth(fixed, agent.eps)  # (B,)
+        scores = score(functools.partial(call, agent.qf, qf), obs, fixed, alpha)  # (m, B, D)
+        h2 = bandwidth(fixed, eps)  # (B,)
 
         def loss(params):
             u = call(agent.sampler, params, x)  # (m, B, D)

@@ -35,7 +35,8 @@ from benchmark import as_done, write_csv
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = {"meow-flow": "--density flow --clipped-double-q --learning-starts 1000"}  # the paper's
 FLAGS |= {f"s2ac-{variant}": f"--variant {variant}" for variant in ("phi", "phi-theta", "phi-theta-psi")}
-SHORT = {"sql": "--batch-size 64", "s2ac": "--batch-size 32 --utd 0.25"}  # beside half the presets' steps
+# Beside half the presets' steps; S2AC, of half the updates of the others, learns nothing in them at its own rates
+SHORT = {"sql": "--batch-size 64", "s2ac": "--batch-size 32 --utd 0.5 --tau 0.01 --learning-rate 1e-3"}
 OWN_ALPHA = dict(zip(multigoal.MAPS, (2.5, 10.0), strict=True))  # the presets'
 
 
@@ -52,7 +53,7 @@ class Args:
     presets: bool = False
     """instead of --alphas each map's own temperature, with the scripts' presets at full length"""
     total_timesteps: int = 8_000
-    """steps of every run without --presets, an update each (SQL's of batches of 64, S2AC's one in four, of 32)"""
+    """steps of every run without --presets, an update each (SQL's of batches of 64, S2AC's one in two, of 32)"""
     episodes: int = 400
     """rollouts of a trained policy"""
     jobs: int = 2
@@ -72,6 +73,7 @@ def command_of(args: Args, algorithm: str, env_id: str, alpha: float, seed: int)
     command += ["--device", "cpu", *FLAGS.get(algorithm, "").split()]
     if not args.presets:
         command += ["--alpha", f"{alpha:g}", "--total-timesteps", str(args.total_timesteps)]
+        command += ["--eval-frequency", str(args.total_timesteps)]  # once: before they learn, episodes are long
         command += SHORT.get(script, "").split()
         command += ["--svgd-step-size", f"{0.01 * alpha:g}"] if script == "s2ac" else []  # the paper's, times alpha
     return command
