@@ -144,7 +144,7 @@ def test_densities_have_the_moments_of_their_samples(name):
 
 def test_densities_command(tmp_path, capfd):
     """Trains a flag's trial and another density's, draws; runs nothing twice; names what fails or is not there."""
-    short = "--total-timesteps 320 --learning-starts 160 --buffer-size 1000 --batch-size 32 --eval-frequency 1000"
+    short = "--total-timesteps 320 --learning-starts 160 --buffer-size 1000 --batch-size 32 --eval-episodes 1"
     trials = ("mixture of 2", "splines, 2 transforms")
     args = densities.Args(trials, (1,), short, 5, folder=tmp_path / "runs", csv=tmp_path / "densities.csv")
     assert densities.main(args) == 0
