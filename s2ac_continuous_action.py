@@ -509,7 +509,7 @@ class S2AC(nn.Module):
         """Q_1(s,a), Q_2(s,a): (B, 2)."""
         return self.qf(obs, action)
 
-    def v(self, obs: torch.Tensor, samples: int = 160) -> torch.Tensor:
+    def v(self, obs: torch.Tensor, samples: int = 40) -> torch.Tensor:
         """V_1(s), V_2(s): (B, 2), equation (4) for each head, from `samples` actions a state, m at a time."""
         values = []
         for _ in range(math.ceil(samples / self.particles)):

@@ -5,7 +5,7 @@
 
 Trains through the scripts' command lines and measures the last checkpoint with multigoal.measure: 400 rollouts of
 sampled actions, V against soft value iteration (SAC's V from 256 actions of its policy, SQL's from 1024 uniform ones,
-S2AC's from 160 of its particles), KL(pi || pi*) at the map's states by a histogram, and 400 rollouts of at most 30
+S2AC's from 40 of its particles), KL(pi || pi*) at the map's states by a histogram, and 400 rollouts of at most 30
 steps with the wall up, counting those that run into it and reach a goal all the same.
 Prints a table for docs/results.md and draws a page: V and 20 paths of each algorithm's first seed beside the optimum's.
 A run whose row is in the CSV is not run again, so the command can be interrupted and repeated. Exit code 1: a run

@@ -8,10 +8,12 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 from gymnasium.utils.env_checker import check_env
 
 import meow_continuous_action as meow
 import multigoal
+import s2ac_continuous_action as s2ac
 
 ROOT = Path(__file__).resolve().parent.parent
 FOUR, THREE = multigoal.MAPS
@@ -140,6 +142,22 @@ def test_kl_divergence(env_id, alpha, gamma):
         q = reward + gamma * (goal < 0) * optimum.v(next_x)
         expected = -np.log(4) - (q.mean() - optimum.v(state[None])[0]) / alpha
         assert abs(value - expected) < 4 * q.std() / alpha / 5_000**0.5 + 0.04
+
+
+@pytest.mark.parametrize("variant", ["phi-theta", "phi-theta-psi"])
+def test_repeats_have_the_law_of_the_policy(variant):
+    """S2AC's many actions in one state from few draws: the moments of the actions that it samples one at a time."""
+    torch.manual_seed(0)
+    flags = ["--env-id", FOUR, "--alpha", "0.05", "--svgd-step-size", "0.02", "--variant", variant]
+    agent = s2ac.S2AC(2, 2, s2ac.parse_args(flags))
+    policy = multigoal.policy_of(agent)
+    repeats, obs = multigoal.repeats_of(agent, policy), np.tile(np.array([[1.0, -2.0]], np.float32), (20_003, 1))
+    assert (repeats is policy) == (variant == "phi-theta-psi")
+    one, many = policy(obs), repeats(obs)
+    assert one.shape == many.shape == (20_003, 2) and len(np.unique(many, axis=0)) > 19_900
+    for moment in (lambda a: a, np.square, lambda a: a.prod(1, keepdims=True)):
+        a, b = moment(one), moment(many)
+        assert (np.abs(a.mean(0) - b.mean(0)) < 5 * a.std(0) / 20_000**0.5).all()
 
 
 def test_optimum_is_symmetric():
