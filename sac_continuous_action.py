@@ -1036,8 +1036,9 @@ def run_seed(
             stats.append((global_step, (yield *batch, *noise)))
         try:
             next_obs, rewards, terminations, truncations, infos = envs.step(env_actions)
-        except Exception as e:  # the task's own, or that of a pipe to a process that died
-            died = [p.exitcode for p in getattr(envs, "processes", []) if p.exitcode]
+        except Exception as e:  # the task's own, or that of a pipe to a process that died, or is about to
+            wait = 0.1 if isinstance(e, EOFError | OSError) else 0
+            died = [p.exitcode for p in getattr(envs, "processes", []) if p.join(wait) or p.exitcode]
             died = f" (a process of --async-envs died, exit code {died[0]})" if died else ""
             fail(f"{args.env_id} failed in step: {type(e).__name__}: {e}{died}", "checkpoint.pt")
 
