@@ -190,6 +190,7 @@ def draw(args: Args, rows: list[dict]) -> None:
         env, gamma = gym.make(env_id).unwrapped, float(next(iter(algorithms.values()))[0]["gamma"])
         best = multigoal.optimum_of(env_id, alpha, gamma)
         for ax, name in zip(line, columns, strict=True):
+            ax.tick_params(labelsize=5)
             if name == "optimum":
                 v, paths, title = best.values, optimum(env_id, alpha, gamma, 20)[1].paths, "optimum"
             else:
@@ -209,7 +210,6 @@ def draw(args: Args, rows: list[dict]) -> None:
                 ax.add_patch(plt.Circle(goal, env.radius, fill=False, color="tab:red"))
             ax.set_title(title, fontsize=6)
             ax.set(xlim=(-multigoal.BOUND, multigoal.BOUND), ylim=(-multigoal.BOUND, multigoal.BOUND), aspect="equal")
-            ax.tick_params(labelsize=5)
         line[0].set_ylabel(f"{env_id.partition(':')[2]}, alpha {alpha:g}", fontsize=6)
     args.png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.png, dpi=100)

@@ -94,6 +94,24 @@ def test_committed_goal_maps_back_the_pages():
     assert all(row["reached"] == "400" for row in four if row["algorithm"] == "sql")
 
 
+def test_committed_temperatures_back_the_pages(monkeypatch):
+    """Each algorithm's rows in docs/results.md are those of the committed runs; the optimum's take long to compute."""
+    ((_, rows),) = results("truth.csv").items()
+    best = dict(goals="0", length=0, v_origin=0, rmse=0, kl=0, hits="", seconds="") | {"return": 0}
+    monkeypatch.setattr(truth, "optimum", lambda *args: (best, None))
+    page = (ROOT / "docs" / "results.md").read_text()
+    lines = [line for line in truth.table(rows, 400).splitlines() if "| optimum |" not in line]
+    assert len(lines) == 2 + len({(row["env_id"], row["alpha"], row["algorithm"]) for row in rows})
+    assert not [line for line in lines if line not in page]
+    four = {(row["algorithm"], float(row["alpha"])): row for row in rows if "Asymmetric" not in row["env_id"]}
+    for key in ("rmse", "kl"):
+        error = {cell: float(row[key]) for cell, row in four.items() if row["seed"] == "1"}
+        assert all(min(error, key=lambda c: error[c] + 1e9 * (c[1] != a))[0] == "meow" for a in (2.5, 10.0, 20.0))
+        spans = [[error[name, a] for a in (2.5, 10.0, 20.0)] for name in ("meow", "sac")]
+        ours, sac_s = (f"{min(x):.{1 + (key == 'kl')}f} to {max(x):.{1 + (key == 'kl')}f}" for x in spans)
+        assert f"{ours}, SAC {sac_s})" in page
+
+
 def test_goal_map_command(tmp_path, capsys):
     """Trains and measures what is not in the CSV yet, prints and draws; a second call runs nothing."""
     short = dict(alphas=(1.0,), seeds=(1,), total_timesteps=1040, episodes=5, jobs=2, folder=tmp_path / "runs")
