@@ -35,7 +35,7 @@ from benchmark import as_done, write_csv
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = {"meow-flow": "--density flow --clipped-double-q --learning-starts 1000"}  # the paper's
 FLAGS |= {f"s2ac-{variant}": f"--variant {variant}" for variant in ("phi", "phi-theta", "phi-theta-psi")}
-# Beside half the presets' steps; S2AC, of half the updates of the others, learns nothing in them at its own rates
+# Beside half the presets' steps. S2AC has half the updates of the others, and rates to learn in them, not its preset's
 SHORT = {"sql": "--batch-size 64", "s2ac": "--batch-size 32 --utd 0.5 --tau 0.01 --learning-rate 1e-3"}
 OWN_ALPHA = dict(zip(multigoal.MAPS, (2.5, 10.0), strict=True))  # the presets'
 
