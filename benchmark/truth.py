@@ -8,6 +8,7 @@ sampled actions, V against soft value iteration (SAC's V from 256 actions of its
 S2AC's from 40 of its particles), KL(pi || pi*) at the map's states by a histogram, and 400 rollouts of at most 30
 steps with the wall up, counting those that run into it and reach a goal all the same.
 Prints a table for docs/results.md and draws a page: V and 20 paths of each algorithm's first seed beside the optimum's.
+What the page is drawn from is kept in a folder beside the CSV, of its name, so that the page needs no training.
 A run whose row is in the CSV is not run again, so the command can be interrupted and repeated. Exit code 1: a run
 failed; the others are done.
 """
@@ -59,9 +60,9 @@ class Args:
     jobs: int = 2
     """runs side by side, one thread each"""
     folder: Path = Path("runs/truth")
-    """folder of the runs and of what the page is drawn from"""
+    """folder of the runs"""
     csv: Path = Path("benchmark/results/truth.csv")
-    """results, one row a run"""
+    """results, one row a run; what the page is drawn from lies in the folder of the same name without .csv"""
     png: Path | None = None
     """page of pictures to write"""
 
@@ -80,8 +81,8 @@ def command_of(args: Args, algorithm: str, env_id: str, alpha: float, seed: int)
 
 
 def saved(args: Args, algorithm: str, env_id: str, alpha: float, seed: int) -> Path:
-    """Where the arrays lie that the page draws of a cell."""
-    return args.folder / f"{algorithm}_{env_id.partition(':')[2]}_{alpha:g}_{seed}.npz"
+    """Where the arrays lie that the page draws of a cell: v, on every other point of the grid, and 20 paths."""
+    return args.csv.with_suffix("") / f"{algorithm}_{env_id.partition(':')[2]}_{alpha:g}_{seed}.npz"
 
 
 def run(args: Args, algorithm: str, env_id: str, alpha: float, seed: int) -> dict:
@@ -98,7 +99,9 @@ def run(args: Args, algorithm: str, env_id: str, alpha: float, seed: int) -> dic
     env = gym.make(env_id)
     measured = multigoal.measure(agent, trained, env, args.episodes)
     rollouts = measured.rollouts
-    np.savez(saved(args, algorithm, env_id, alpha, seed), *rollouts.paths[:20], v=measured.v)
+    arrays = [np.clip(x, -6e4, 6e4).astype(np.float16) for x in (measured.v[::2, ::2], *rollouts.paths[:20])]
+    saved(args, algorithm, env_id, alpha, seed).parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(saved(args, algorithm, env_id, alpha, seed), *arrays[1:], v=arrays[0])
     facts = json.loads((folder / "args.json").read_text())
     row = dict(env_id=env_id, algorithm=algorithm, alpha=trained.alpha, gamma=trained.gamma, seed=seed)
     row |= dict(steps=trained.total_timesteps) | counts(env, rollouts)
@@ -194,16 +197,17 @@ def draw(args: Args, rows: list[dict]) -> None:
             if name == "optimum":
                 v, paths, title = best.values, optimum(env_id, alpha, gamma, 20)[1].paths, "optimum"
             else:
-                row = algorithms.get(name, [None])[0]
-                file = row and saved(args, name, env_id, alpha, int(row["seed"]))
-                if row is None or not file.is_file():
+                runs = [(row, saved(args, name, env_id, alpha, int(row["seed"]))) for row in algorithms.get(name, [])]
+                row, file = next(((row, file) for row, file in runs if file.is_file()), (None, None))
+                if row is None:
                     ax.set_title(f"{name}: no run here", fontsize=6)
                     continue
                 arrays = np.load(file)
-                v, paths = arrays["v"], [arrays[key] for key in arrays.files if key != "v"]
+                v, *paths = (arrays[key].astype(float) for key in ("v", *(k for k in arrays.files if k != "v")))
                 title = f"{name}, RMSE {row['rmse']}, KL {float(row['kl']):.2f}"
             low, high = best.values.min(), best.values.max()
-            ax.pcolormesh(best.axis, best.axis, v.T, vmin=low, vmax=high, shading="gouraud", rasterized=True)
+            axis = np.linspace(-multigoal.BOUND, multigoal.BOUND, len(v))
+            ax.pcolormesh(axis, axis, v.T, vmin=low, vmax=high, shading="gouraud", rasterized=True)
             for path in paths:
                 ax.plot(*path.T, color="black", linewidth=0.5)
             for goal in env.goals:

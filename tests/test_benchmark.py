@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -113,7 +114,7 @@ def test_committed_temperatures_back_the_pages(monkeypatch):
 
 
 def test_goal_map_command(tmp_path, capsys):
-    """Trains and measures what is not in the CSV yet, prints and draws; a second call runs nothing."""
+    """Trains and measures what is not in the CSV yet, prints and draws; a second call only draws the same."""
     short = dict(alphas=(1.0,), seeds=(1,), total_timesteps=1040, episodes=5, jobs=2, folder=tmp_path / "runs")
     env_ids = truth.multigoal.MAPS[1:]
     args = truth.Args(("sac",), env_ids, csv=tmp_path / "truth.csv", png=tmp_path / "truth.png", **short)
@@ -124,7 +125,9 @@ def test_goal_map_command(tmp_path, capsys):
     written = (tmp_path / "truth.csv").read_text()
     for row in csv.DictReader(written.splitlines()):
         assert row["alpha"] == "1.0" and float(row["kl"]) > 0.1 and int(row["reached_after_hit"]) <= int(row["hits"])
-    assert truth.main(args) == 0
+    picture = (tmp_path / "truth.png").read_bytes()
+    shutil.rmtree(args.folder)
+    assert truth.main(args) == 0 and (tmp_path / "truth.png").read_bytes() == picture
     assert (tmp_path / "truth.csv").read_text() == written and "to go" not in capsys.readouterr().out
 
 
