@@ -31,6 +31,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import hashlib
 import io
 import json
@@ -1137,8 +1138,20 @@ def commit() -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
 
 
-def open_run(args: Args, checkpoint: dict | None, ranks: int, facts: str) -> tuple[Path, SummaryWriter]:
-    """Create the run's folder with args.json, or go on with the checkpoint's, start the logs, print the args."""
+def lock_run(run_dir: Path) -> io.BufferedWriter:
+    """The run's lock, held until it is closed or the process ends. Raises UserError if another process has it."""
+    lock = open(run_dir / "lock", "ab")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise UserError(f"--resume {run_dir}: another process goes on with it; expected it to have ended") from e
+    except OSError as e:  # a file system without locks
+        print(f"warning: {run_dir}: no lock ({e.strerror}); let no second process go on with it", file=sys.stderr)
+    return lock
+
+
+def open_run(args: Args, checkpoint: dict | None, ranks: int, facts: str):
+    """Create the run's folder with args.json, or go on with the checkpoint's; lock it, start logs, print the args."""
     name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}_{args.algo}__{args.seed}")
     step, second = 0, int(time.time())
     while os.path.exists(run_dir := Path("runs") / f"{name}__{second}"):
@@ -1153,6 +1166,7 @@ def open_run(args: Args, checkpoint: dict | None, ranks: int, facts: str) -> tup
     about = dict(args=values, command=shlex.join(sys.argv), commit=commit(), machine=machine, versions=versions)
     try:
         run_dir.mkdir(parents=True, exist_ok=checkpoint is not None)
+        lock = lock_run(run_dir)
         name = "args.json" if checkpoint is None else f"args-from-{step}.json"
         write_file(run_dir / name, json.dumps({**about, "ranks": ranks}, indent=2).encode())
     except OSError as e:
@@ -1169,7 +1183,7 @@ def open_run(args: Args, checkpoint: dict | None, ranks: int, facts: str) -> tup
         rows = "\n".join(f"|{key}|{value}|" for key, value in values.items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
     print(f"run: {run_dir}\n" + "  ".join(f"{key}={value}" for key, value in values.items()) + f"\n{facts}", flush=True)
-    return run_dir, writer
+    return run_dir, writer, lock
 
 
 def load_parts(parts: dict, checkpoint: dict, args: Args) -> None:
@@ -1251,13 +1265,13 @@ def train_robots(args: Args) -> Path | None:
     if args.capture_video and rank == 0:  # fails now if it is going to
         with tempfile.TemporaryDirectory() as folder:
             film(agent, standardizer, sim, args.deterministic_eval, Path(folder) / "try.mp4", most=2)
-    run_dir, writer = None, None
+    run_dir, writer, lock = None, None, None
     if rank == 0:
         facts = f"{robots} robots, {args.total_steps * robots:,} robot-steps, replay {buffer.bytes / 1e9:.2f} GB a rank"
         facts += ", as much on disk until the run is finished"
         if checkpoint is not None:
             facts += f"\nresumed at step {last_step}; the robots begin new episodes"
-        run_dir, writer = open_run(args, checkpoint, ranks, facts)
+        run_dir, writer, lock = open_run(args, checkpoint, ranks, facts)
     run_dir = each_ranks(dict(run_dir=run_dir))[0]["run_dir"]
 
     global_step = last_step * robots  # robot-steps, of all ranks
@@ -1402,6 +1416,7 @@ def train_robots(args: Args) -> Path | None:
     finished = step == args.total_steps
     if rank == 0:
         writer.close()
+        lock.close()
         if finished:
             print(f"evaluation return {eval_return:.1f} (best {best_return:.1f}); checkpoints in {run_dir}")
         else:

@@ -23,6 +23,7 @@ import collections
 import copy
 import ctypes
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import importlib
@@ -767,8 +768,20 @@ def commit() -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
 
 
-def start_run(args: Args, checkpoint: dict | None) -> tuple[Path, SummaryWriter]:
-    """Create the run's folder with args.json, or go on with the checkpoint's, start the logs, print the args."""
+def lock_run(run_dir: Path) -> io.BufferedWriter:
+    """The run's lock, held until it is closed or the process ends. Raises UserError if another process has it."""
+    lock = open(run_dir / "lock", "ab")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        raise UserError(f"--resume {run_dir}: another process goes on with it; expected it to have ended") from e
+    except OSError as e:  # a file system without locks
+        print(f"warning: {run_dir}: no lock ({e.strerror}); let no second process go on with it", file=sys.stderr)
+    return lock
+
+
+def start_run(args: Args, checkpoint: dict | None) -> tuple[Path, SummaryWriter, io.BufferedWriter]:
+    """Create the run's folder with args.json, or go on with the checkpoint's; lock it, start logs, print the args."""
     name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}")
     step, second = 0, int(time.time())
     while os.path.exists(run_dir := Path("runs") / f"{name}__{second}"):
@@ -782,6 +795,7 @@ def start_run(args: Args, checkpoint: dict | None) -> tuple[Path, SummaryWriter]
     facts = dict(args=values, command=shlex.join(sys.argv), commit=commit(), machine=machine, versions=versions)
     try:
         run_dir.mkdir(parents=True, exist_ok=checkpoint is not None)
+        lock = lock_run(run_dir)
         name = "args.json" if checkpoint is None else f"args-from-{step}.json"
         write_file(run_dir / name, json.dumps(facts, indent=2).encode())
     except OSError as e:
@@ -798,7 +812,7 @@ def start_run(args: Args, checkpoint: dict | None) -> tuple[Path, SummaryWriter]
         rows = "\n".join(f"|{key}|{value}|" for key, value in values.items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")
     print(f"run: {run_dir}\n" + "  ".join(f"{key}={value}" for key, value in values.items()))
-    return run_dir, writer
+    return run_dir, writer, lock
 
 
 def choose_compile(args: Args) -> bool:
@@ -945,7 +959,7 @@ def run_seed(
     obs_dim, action_dim = agent.obs_dim, agent.action_dim
     act = compiled(agent.act, args)
 
-    run_dir, writer = start_run(args, checkpoint)
+    run_dir, writer, lock = start_run(args, checkpoint)
     buffer_path = run_dir / "buffer.bin"
     if checkpoint is not None and not buffer_path.exists():
         raise UserError(f"{buffer_path}: no such file; expected the replay buffer of the run")
@@ -1090,6 +1104,7 @@ def run_seed(
     save("checkpoint.pt")
     bar.close()
     writer.close()
+    lock.close()
     envs.close()
     eval_envs.close()
     if global_step < args.total_timesteps:

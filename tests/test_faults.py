@@ -4,6 +4,7 @@ docs/bad-inputs.md is what test_bad_inputs saw; `python tests/test_faults.py`, w
 """
 
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -423,6 +424,32 @@ def test_many_seeds_stopped_and_each_resumed(tmp_path):
         end = meow.load_checkpoint(folder / "checkpoint.pt")
         assert (end["global_step"], end["args"]["seed"], end["run"]["updates"]) == (600, seed, 500)
         assert [step for step, _ in scalars(folder)["losses/qf_loss"]] == list(range(200, 601, 100))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_run_that_is_not_over_is_not_resumed(tmp_path, script):
+    """--resume beside the process that is at it, as after a Ctrl-C that it still acts on: refused, nothing written."""
+    (cwd := tmp_path / "x").mkdir()
+    life = Life(script, *flags_of(script, total_timesteps=10**6), cwd=cwd)
+    until(lambda: steps_of(cwd) >= 10, life)
+    again = Life(script, "--resume", folder_of(cwd), cwd=cwd).wait()
+    assert again.code == 2 and "another process goes on with it; expected it to have ended" in again.err, again.err
+    assert not list(folder_of(cwd).glob("args-from-*")) and len(list(folder_of(cwd).glob("events*"))) == 1
+    assert life.signal(signal.SIGKILL).wait().code == -9, life.err
+    again = Life(script, "--resume", folder_of(cwd), cwd=cwd)
+    until(lambda: list(folder_of(cwd).glob("args-from-*")), again)  # a process that is gone holds nothing
+    again.signal(signal.SIGKILL).wait()
+
+
+def test_file_system_without_locks(tmp_path, monkeypatch, capsys):
+    """As Lustre without its option flock: a warning, and the run goes on."""
+
+    def flock(*args):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(meow.fcntl, "flock", flock)
+    meow.lock_run(tmp_path).close()
+    assert f"warning: {tmp_path}: no lock (Function not implemented)" in capsys.readouterr().err
 
 
 def test_many_environments_stopped_and_resumed(tmp_path):

@@ -369,8 +369,8 @@ def test_two_runs_of_a_name_in_one_second(module, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(module.time, "time", lambda: 1000.9)
     first, second = (module.start_run(module.Args(tau=tau), None) for tau in (0.01, 0.02))
-    assert [run_dir.name.rpartition("__")[2] for run_dir, _ in (first, second)] == ["1000", "1001"]
-    for (run_dir, writer), tau in ((first, 0.01), (second, 0.02)):
+    assert [run_dir.name.rpartition("__")[2] for run_dir, _, _ in (first, second)] == ["1000", "1001"]
+    for (run_dir, writer, _), tau in ((first, 0.01), (second, 0.02)):
         writer.close()
         assert json.loads((run_dir / "args.json").read_text())["args"]["tau"] == tau
 
