@@ -549,11 +549,11 @@ class MixtureMEow(nn.Module):
         return (mu + torch.erfinv(u) / scale).clamp(-1, 1)
 
     def sample(self, obs: torch.Tensor, deterministic: bool = False) -> torch.Tensor:
-        """Actions (B, D) of draws or, if deterministic, the mean of the Gaussian that reaches highest."""
+        """Actions (B, D) of draws or, if deterministic, the mean of the Gaussian of the largest weight."""
         if not deterministic:
             return self.act(obs, obs.new_empty(len(obs), 1 + self.action_dim).uniform_())
-        log_w, mu, log_sigma = self.components(obs)
-        k = (log_w - log_sigma.sum(-1)).argmax(-1)[:, None, None]  # (B, 1, 1)
+        log_w, mu, _ = self.components(obs)
+        k = log_w.argmax(-1)[:, None, None]  # (B, 1, 1); the highest may be a spike that is never drawn
         return mu.take_along_dim(k, 1)[:, 0]
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor, drop: None = None) -> torch.Tensor:

@@ -305,6 +305,19 @@ def test_mixture_against_scipy():
 
 
 @torch.no_grad()
+def test_deterministic_action_of_the_mixture_is_not_a_spike():
+    """A narrow Gaussian that is drawn once in 50 times reaches higher than the wide one that is drawn otherwise."""
+    agent = random_mixture(3, 2, components=2)
+    agent.mixture.weight3.zero_()
+    agent.mixture.bias3.copy_(torch.tensor([[-3.0, 0.9, 0.9, -9, -9], [1.0, -0.5, -0.5, 9, 9]]).flatten())
+    obs, spike = torch.zeros(1, 3, dtype=torch.float64), torch.full((1, 2), 0.9, dtype=torch.float64).tanh()
+    action = agent.sample(obs, deterministic=True)
+    assert torch.allclose(action, torch.full_like(action, np.tanh(-0.5)))
+    assert agent.log_prob(obs, spike) > agent.log_prob(obs, action)
+    assert (agent.sample(obs.expand(2000, 3)) - spike).norm(dim=-1).lt(0.4).float().mean() < 0.15
+
+
+@torch.no_grad()
 def test_mixture_finds_modes_that_are_there():
     """Fitted to Q of four equal modes, it samples all of them, and its deterministic action is at one."""
     torch.manual_seed(0)
