@@ -290,6 +290,46 @@ def test_committed_mixture_on_hopper_backs_the_pages(tmp_path, capsys):
     assert f"up to 300,000 steps, {low['']} of {after['']};" in text
 
 
+def test_committed_mixture_on_halfcheetah_backs_the_pages():
+    """The last checkpoints' returns beside the flow's evaluation of that step, in docs/results.md and the README."""
+    folder, page = ROOT / "benchmark" / "results", (ROOT / "docs" / "results.md").read_text()
+    flow = {}
+    for row in csv.DictReader((folder / "halfcheetah_meow.csv").open()):
+        flow[row["seed"], row["step"]] = float(row["return"])
+    cells = {}
+    for row in csv.DictReader((folder / "mixture_halfcheetah.csv").open()):
+        assert (
+            row["commit"] and "dirty" not in row["commit"] + row["evaluated"] and "--density mixture" in row["command"]
+        )
+        cells.setdefault((row["seed"], row["step"]), {})[row["actions"]] = float(row["return"]), float(row["std"])
+    assert [seed for seed, _ in cells] == ["1", "2", "3"]
+    for key, cell in cells.items():
+        shown = " | ".join("{:.0f} ± {:.0f}".format(*cell[actions]) for actions in ("deterministic", "sampled"))
+        assert f"| {' | '.join(key)} | {shown} | {flow[key]:.0f} |" in page
+        assert max(mean for mean, _ in cell.values()) < 0.5 * flow[key]
+    ours = " / ".join(f"{cell['sampled'][0]:.0f}" for cell in cells.values())
+    theirs = " / ".join(f"{flow[key]:.0f}" for key in cells)
+    text = f"MEow with its mixture {ours} at the end, sampled actions, with the paper's flow {theirs}"
+    assert f"| HalfCheetah-v4, 200,000 steps, densities | {text} |" in (ROOT / "README.md").read_text()
+
+
+def test_committed_s2ac_on_hopper_backs_the_pages(tmp_path, capsys):
+    """Each evaluation and the final scores beside SAC's, in docs/results.md; the scores in the README."""
+    folder, page = ROOT / "benchmark" / "results", (ROOT / "docs" / "results.md").read_text()
+    report.main(report.Args((folder / "s2ac_hopper.csv", folder / "hopper_sac.csv"), tmp_path / "out"))
+    (final,) = (block for block in capsys.readouterr().out.split("\n\n") if block.startswith("| task | method |"))
+    assert final in page
+    (s2ac,), sac = (scores.load((folder / name,))[0] for name in ("s2ac_hopper.csv", "hopper_sac.csv"))
+    assert list(s2ac.returns) == list(range(10_000, max(s2ac.returns) + 1, 10_000)) and len(sac) == 3
+    for name, each in (("S²AC", s2ac), *(("SAC", each) for each in sac)):
+        shown = " | ".join(f"{each.returns[step]:.0f}" for step in s2ac.returns)
+        assert f"| {name}, seed {each.seed} | {shown} |" in page
+    row = r"^\| Hopper-v4 \| (S2AC|SAC) \| \d \| (\d+) \| (\d+) \| ([^|]*) \|"
+    found = {name: (int(step), mean, ends) for name, step, mean, ends in re.findall(row, final, re.M)}
+    text = f"S²AC {found['S2AC'][1]}, SAC {found['SAC'][1]} ({found['SAC'][2]})"
+    assert f"| Hopper-v4, {found['S2AC'][0]:,} steps, S²AC | {text} |" in (ROOT / "README.md").read_text()
+
+
 def test_committed_long_run_backs_the_pages(tmp_path, capsys):
     """Beside the paper's curve at each of its steps, in docs/results.md; how far it is, in both pages."""
     path, page = ROOT / "benchmark" / "results" / "full_hopper.csv", (ROOT / "docs" / "results.md").read_text()
