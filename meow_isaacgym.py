@@ -1150,7 +1150,9 @@ def lock_run(run_dir: Path) -> io.BufferedWriter:
     return lock
 
 
-def open_run(args: Args, checkpoint: dict | None, ranks: int, facts: str):
+def open_run(
+    args: Args, checkpoint: dict | None, ranks: int, facts: str
+) -> tuple[Path, SummaryWriter, io.BufferedWriter]:
     """Create the run's folder with args.json, or go on with the checkpoint's; lock it, start logs, print the args."""
     name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}_{args.algo}__{args.seed}")
     step, second = 0, int(time.time())

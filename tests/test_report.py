@@ -298,15 +298,25 @@ def test_committed_mixture_on_halfcheetah_backs_the_pages():
         flow[row["seed"], row["step"]] = float(row["return"])
     cells = {}
     for row in csv.DictReader((folder / "mixture_halfcheetah.csv").open()):
-        assert (
-            row["commit"] and "dirty" not in row["commit"] + row["evaluated"] and "--density mixture" in row["command"]
-        )
+        assert "dirty" not in row["commit"] + row["evaluated"] and "--density mixture" in row["command"]
         cells.setdefault((row["seed"], row["step"]), {})[row["actions"]] = float(row["return"]), float(row["std"])
     assert [seed for seed, _ in cells] == ["1", "2", "3"]
     for key, cell in cells.items():
         shown = " | ".join("{:.0f} ± {:.0f}".format(*cell[actions]) for actions in ("deterministic", "sampled"))
         assert f"| {' | '.join(key)} | {shown} | {flow[key]:.0f} |" in page
         assert max(mean for mean, _ in cell.values()) < 0.5 * flow[key]
+    curves = {}
+    for row in csv.DictReader((folder / "mixture_halfcheetah_curves.csv").open()):
+        curves.setdefault(("--sigma-min -2" in row["command"], row["seed"]), {})[row["step"]] = float(row["return"])
+    step, last = list(curves[True, "1"].items())[-1]
+    low, *_, high = sorted(value for (_, at), value in flow.items() if at == step)
+    text = " ".join(page.split())
+    ends = " and ".join(f"{curves[False, seed]['200000']:.0f}".replace("-", "−") for seed in "12")
+    assert f"seeds 1 and 2 ended with evaluations of {ends}," in text
+    assert (
+        f"evaluates at {last:.0f} after {int(step):,} steps, where the flow's three seeds are at {low:,.0f} to" in text
+    )
+    assert f"are at {low:,.0f} to {high:,.0f} (stopped there)" in text
     ours = " / ".join(f"{cell['sampled'][0]:.0f}" for cell in cells.values())
     theirs = " / ".join(f"{flow[key]:.0f}" for key in cells)
     text = f"MEow with its mixture {ours} at the end, sampled actions, with the paper's flow {theirs}"
