@@ -598,8 +598,8 @@ def test_two_runs_of_a_name_in_one_second(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(script.time, "time", lambda: 1000.9)
     runs = [script.open_run(script.Args(), None, 1, "") for _ in range(2)]
-    assert [run_dir.name.rpartition("__")[2] for run_dir, _ in runs] == ["1000", "1001"]
-    for run_dir, writer in runs:
+    assert [run_dir.name.rpartition("__")[2] for run_dir, *_ in runs] == ["1000", "1001"]
+    for run_dir, writer, _ in runs:
         writer.close()
         assert (run_dir / "args.json").exists()
 
