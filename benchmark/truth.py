@@ -9,6 +9,8 @@ S2AC's from 40 of its particles), KL(pi || pi*) at the map's states by a histogr
 steps with the wall up, counting those that run into it and reach a goal all the same.
 Prints a table for docs/results.md and draws a page: V and 20 paths of each algorithm's first seed beside the optimum's.
 What the page is drawn from is kept in a folder beside the CSV, of its name, so that the page needs no training.
+S2AC's phi-theta and phi-theta-psi, where both are wanted, are one run of the latter, whose sampler changes nothing in
+the rest; acting by particles it is the former.
 A run whose row is in the CSV is not run again, so the command can be interrupted and repeated. Exit code 1: a run
 failed; the others are done.
 """
@@ -85,31 +87,37 @@ def saved(args: Args, algorithm: str, env_id: str, alpha: float, seed: int) -> P
     return args.csv.with_suffix("") / f"{algorithm}_{env_id.partition(':')[2]}_{alpha:g}_{seed}.npz"
 
 
-def run(args: Args, algorithm: str, env_id: str, alpha: float, seed: int) -> dict:
-    """Train and measure: a row of the CSV. Raises RuntimeError with the end of the script's errors."""
-    name = f"truth_{algorithm}_{time.time_ns()}"
-    command = command_of(args, algorithm, env_id, alpha, seed)
+def run(args: Args, algorithms: list[str], env_id: str, alpha: float, seed: int) -> list[dict]:
+    """Train the last of the algorithms and measure all: rows of the CSV. More than one are S2AC with and without its
+    sampler: it follows the Gaussian and Q, which learn without it. Raises RuntimeError with the script's last errors.
+    """
+    name = f"truth_{algorithms[-1]}_{time.time_ns()}"
+    command = command_of(args, algorithms[-1], env_id, alpha, seed)
     start = time.time()
     done = subprocess.run([*command, "--exp-name", name], cwd=args.folder, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{shlex.join(command)}: exit code {done.returncode}: {done.stderr[-2000:]}")
     seconds = time.time() - start
     (folder,) = (args.folder / "runs").glob(f"*__{name}__*")
-    agent, trained = multigoal.load_policy(folder / "checkpoint.pt")
-    env = gym.make(env_id)
-    measured = multigoal.measure(agent, trained, env, args.episodes)
-    rollouts = measured.rollouts
-    arrays = [np.clip(x, -6e4, 6e4).astype(np.float16) for x in (measured.v[::2, ::2], *rollouts.paths[:20])]
-    saved(args, algorithm, env_id, alpha, seed).parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(saved(args, algorithm, env_id, alpha, seed), *arrays[1:], v=arrays[0])
-    facts = json.loads((folder / "args.json").read_text())
-    row = dict(env_id=env_id, algorithm=algorithm, alpha=trained.alpha, gamma=trained.gamma, seed=seed)
-    row |= dict(steps=trained.total_timesteps) | counts(env, rollouts)
-    row |= dict(v_origin=round(measured.v_origin, 1), optimum_origin=round(float(measured.optimum_origin), 1))
-    row |= dict(rmse=round(measured.rmse, 1), kl=round(float(measured.kl.mean()), 3))
-    row |= hit_counts(env_id, multigoal.policy_of(agent), args.episodes)
-    row |= dict(seconds=round(seconds), commit=facts["commit"], machine=facts["machine"])
-    return row | dict(command=shlex.join([Path(command[1]).name, *command[2:]]))
+    facts, rows = json.loads((folder / "args.json").read_text()), []
+    for algorithm in algorithms:
+        agent, trained = multigoal.load_policy(folder / "checkpoint.pt")
+        if algorithm != algorithms[-1]:
+            agent.sampler = None  # it acts by particles
+        env = gym.make(env_id)
+        measured = multigoal.measure(agent, trained, env, args.episodes)
+        rollouts = measured.rollouts
+        arrays = [np.clip(x, -6e4, 6e4).astype(np.float16) for x in (measured.v[::2, ::2], *rollouts.paths[:20])]
+        saved(args, algorithm, env_id, alpha, seed).parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(saved(args, algorithm, env_id, alpha, seed), *arrays[1:], v=arrays[0])
+        row = dict(env_id=env_id, algorithm=algorithm, alpha=trained.alpha, gamma=trained.gamma, seed=seed)
+        row |= dict(steps=trained.total_timesteps) | counts(env, rollouts)
+        row |= dict(v_origin=round(measured.v_origin, 1), optimum_origin=round(float(measured.optimum_origin), 1))
+        row |= dict(rmse=round(measured.rmse, 1), kl=round(float(measured.kl.mean()), 3))
+        row |= hit_counts(env_id, multigoal.policy_of(agent), args.episodes)
+        row |= dict(seconds=round(seconds), commit=facts["commit"], machine=facts["machine"])
+        rows.append(row | dict(command=shlex.join([Path(command[1]).name, *command[2:]])))
+    return rows
 
 
 def counts(env: gym.Env, rollouts: multigoal.Rollouts) -> dict:
@@ -234,22 +242,29 @@ def main(args: Args) -> int:
         for alpha in ((OWN_ALPHA[env_id],) if args.presets else args.alphas)
         for algorithm in args.algorithms
     ]
-    todo = [cell for cell in wanted if cell not in finished]
+    todo = {}  # cells that one run will do for -> their algorithms
+    for algorithm, *cell in (cell for cell in wanted if cell not in finished):
+        todo.setdefault((algorithm.removesuffix("-psi"), *cell), []).append(algorithm)
     os.environ["OMP_NUM_THREADS"] = "1"
     failed = []
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(run, args, *cell): cell for cell in todo}
-        for (algorithm, env_id, alpha, seed), future, progress in as_done(futures):
-            progress = f"{progress}: {algorithm} {env_id} alpha {alpha:g} seed {seed}"
+        futures = {
+            pool.submit(run, args, sorted(algorithms), *cell): (sorted(algorithms), *cell)
+            for (_, *cell), algorithms in todo.items()
+        }
+        for (algorithms, env_id, alpha, seed), future, progress in as_done(futures):
+            cell = f"{env_id} alpha {alpha:g} seed {seed}"
             try:
-                row = future.result()
+                new = future.result()
             except Exception as e:  # whatever ended this run; the others go on, and the exit code says so
-                failed.append(f"{algorithm} {env_id} alpha {alpha:g} seed {seed}")
-                print(f"{progress} failed: {e}", file=sys.stderr, flush=True)
+                failed.append(f"{' and '.join(algorithms)} {cell}")
+                print(f"{progress}: {failed[-1]} failed: {e}", file=sys.stderr, flush=True)
                 continue
-            rows.append(row)
+            rows += new
             shown = ("reached", "goals", "return", "v_origin", "rmse", "kl", "hits", "reached_after_hit", "seconds")
-            print(progress, *(f"{key} {row[key]}" for key in shown), sep=", ", flush=True)
+            for row in new:
+                facts = (f"{key} {row[key]}" for key in shown)
+                print(f"{progress}: {row['algorithm']} {cell}", *facts, sep=", ", flush=True)
             write_csv(args.csv, rows)
     print(table(rows, args.episodes))
     if args.png:

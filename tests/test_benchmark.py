@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import scipy.stats
 import torch
@@ -129,6 +130,34 @@ def test_goal_map_command(tmp_path, capsys):
     shutil.rmtree(args.folder)
     assert truth.main(args) == 0 and (tmp_path / "truth.png").read_bytes() == picture
     assert (tmp_path / "truth.csv").read_text() == written and "to go" not in capsys.readouterr().out
+
+
+def test_goal_map_run_of_two_of_s2acs_variants(tmp_path, monkeypatch):
+    """One run, measured by particles and by the sampler: two rows, with the same training and other actions."""
+    policies = []
+
+    def measure(agent, trained, env, episodes):
+        policies.append(agent)
+        rollouts = truth.multigoal.rollout(env, truth.multigoal.policy_of(agent), episodes)
+        v, kl = np.zeros((57, 57)), np.ones(6)
+        return truth.multigoal.Measured(rollouts, None, v, v, 1.0, 2.0, 3.0, kl)
+
+    monkeypatch.setattr(truth.multigoal, "measure", measure)
+    (tmp_path / "runs").mkdir()
+    args = truth.Args(total_timesteps=1040, episodes=5, folder=tmp_path / "runs", csv=tmp_path / "truth.csv")
+    names, map_id = ["s2ac-phi-theta", "s2ac-phi-theta-psi"], truth.multigoal.MAPS[1]
+    rows = truth.run(args, names, map_id, 10.0, 1)
+    assert [row["algorithm"] for row in rows] == names and rows[0]["command"] == rows[1]["command"]
+    assert "--variant phi-theta-psi" in rows[0]["command"]
+    by_particles, by_sampler = policies
+    obs = torch.zeros(400, 2)
+    assert by_particles.sampler is None and by_sampler.sampler is not None
+    for p, q in zip(by_particles.parameters(), by_sampler.parameters(), strict=False):
+        assert torch.equal(p, q)
+    assert all(truth.saved(args, name, map_id, 10.0, 1).is_file() for name in names)
+    torch.manual_seed(0)
+    particles, sampled = (agent.sample(obs).std(0).mean() for agent in policies)
+    assert abs(particles - sampled) > 0.05  # after 20 updates the two are not alike yet
 
 
 def test_goal_map_command_reports_what_fails(tmp_path, capsys):

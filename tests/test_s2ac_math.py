@@ -381,17 +381,19 @@ def test_update_against_plain_pytorch(variant):
 
 
 def trained_together(variant: str, seeds: int, **more) -> tuple[list[s2ac.S2AC], torch.Tensor]:
-    """Agents of `seeds` seeds after three updates at once, and the statistics of the last (seeds, 9)."""
+    """Agents of `seeds` seeds after three updates at once, and the statistics of the last (seeds, 9).
+
+    Each update draws from a generator of its own, so that it has the same batch and noise whatever the last one drew.
+    """
     flags = dict(variant=variant, alpha=0.3, svgd_particles=3, **{"svgd_steps": 2, **more})
     agents = []
     for seed in range(seeds):
         torch.manual_seed(seed)
         agents.append(s2ac.S2AC(3, 2, s2ac.Args(**flags)).double())
     update, _ = s2ac.make_update(agents, s2ac.Args(num_seeds=seeds, **flags))
-    rngs = [torch.Generator().manual_seed(seed) for seed in range(seeds)]
     for n in range(3):
         inputs = []
-        for rng in rngs:
+        for rng in (torch.Generator().manual_seed(100 * n + seed) for seed in range(seeds)):
             draw = [torch.randn(*shape, generator=rng).double() for shape in ((8, 3), (8, 2), (8,), (8, 3), (8,))]
             batch = s2ac.Batch(draw[0], draw[1].tanh(), draw[2], draw[3], (draw[4] > 1).double())
             noise = s2ac.draw_noise(2, s2ac.Args(batch_size=8, **flags), rng)
@@ -408,6 +410,16 @@ def test_seeds_at_once_are_the_seeds_alone(variant):
     assert (stats[0] - stats[1]).abs().max() > 1e-3
     for p, q in zip(together[0].parameters(), alone[0].parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-10)
+
+
+def test_sampler_changes_nothing_in_the_rest():
+    """phi-theta-psi is phi-theta with a net more: from the same batches and noise the same Q and Gaussian."""
+    (without,), first = trained_together("phi-theta", 1)
+    (sampler,), second = trained_together("phi-theta-psi", 1)
+    for name in ("qf", "initial"):
+        pairs = zip(getattr(without, name).parameters(), getattr(sampler, name).parameters(), strict=True)
+        assert all(torch.equal(p, q) for p, q in pairs)
+    assert torch.equal(first[0, :-1], second[0, :-1]) and second[0, -1] > first[0, -1] == 0
 
 
 def test_compiled_update_is_the_eager_one(capsys):
