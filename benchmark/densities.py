@@ -1,6 +1,6 @@
 """Densities for MEow that could hold several modes, and what else might help it, tried on the 4-goal map.
 
-    python -m benchmark.densities --png benchmark/results/densities.png
+    python -m benchmark.densities --png runs/densities/densities.png
 
 Q_i = V_i + alpha log pi makes V_i the exact soft value of any normalised pi. Each trial trains the script's own code
 at the map's preset, with flags, or with another density put in the place of MixtureMEow: flows with more couplings or
@@ -195,7 +195,7 @@ class Args:
     """runs side by side, one thread each"""
     folder: Path = Path("runs/densities")
     """folder of the runs"""
-    csv: Path = Path("benchmark/results/densities.csv")
+    csv: Path = Path("runs/densities/densities.csv")
     """results, one row a run"""
     png: Path | None = None
     """picture to write: error of V and KL, a dot a run"""

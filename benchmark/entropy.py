@@ -37,9 +37,9 @@ SWEEPS = {
 
 @dataclasses.dataclass
 class Args:
-    csv: Path = Path("benchmark/results/entropy.csv")
+    csv: Path = Path("runs/entropy.csv")
     """table to write"""
-    png: Path | None = Path("benchmark/results/entropy.png")
+    png: Path | None = Path("runs/entropy.png")
     """picture to write"""
     seeds: int = 10
     """repetitions of every setting"""

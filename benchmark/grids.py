@@ -16,7 +16,7 @@ STEPS = dict(zip(TASKS, (1_500_000, 1_500_000, 4_000_000, 4_000_000, 5_000_000),
 STEPS |= dict.fromkeys(MAPS, 16_000)  # environment steps by the scripts' presets, for the estimate alone
 # Environment steps a second of one run on a core that no other job slows, for the estimate alone: medians of Hopper-v4
 # in benchmark/results/speed.csv and speed_eager.csv. Other scripts count as MEow.
-RATES = {"meow": 118.0, "sac": 95.0, "sql": 40.0, "s2ac": 4.0}
+RATES = {"meow": 118.0, "sac": 95.0, "sql": 40.0, "s2ac": 7.0}
 FIRST = "--total-timesteps 1200 --learning-starts 1000 --eval-frequency 600 --eval-episodes 2"
 PRESETS = {
     "smoke": [dict(scripts=("meow", "sac", "sql"), env_ids=("Hopper-v4",), seeds=(1, 2), flags=FIRST)],

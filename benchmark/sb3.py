@@ -50,7 +50,7 @@ class Args:
     jobs: int = 2
     """runs side by side, one thread each"""
     csv: Path | None = None
-    """results, by default benchmark/results/sb3_{env_id}.csv"""
+    """results, by default runs/sb3_{env_id}.csv"""
 
 
 def train_ours(args: Args, seed: int) -> list[dict]:
@@ -117,7 +117,7 @@ def report(rows: list[dict], seeds: tuple[int, ...]) -> None:
 
 
 def main(args: Args) -> None:
-    path = args.csv or Path("benchmark/results") / f"sb3_{args.env_id}.csv"
+    path = args.csv or Path("runs") / f"sb3_{args.env_id}.csv"
     rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
     finished = {(row["library"], int(row["seed"])) for row in rows if int(row["step"]) == args.total_timesteps}
     wanted = [(library, seed) for seed in args.seeds for library in LIBRARIES if (library, seed) not in finished]

@@ -1,7 +1,7 @@
 """Every algorithm on the goal maps against the optimum of the objective that all of them share, at four temperatures.
 
-    python -m benchmark.truth --png benchmark/results/truth.png      # shortened runs
-    python -m benchmark.truth --presets --csv benchmark/results/truth_presets.csv
+    python -m benchmark.truth --png runs/truth/truth.png      # shortened runs
+    python -m benchmark.truth --presets
 
 Trains through the scripts' command lines and measures the last checkpoint with multigoal.measure: 400 rollouts of
 sampled actions, V against soft value iteration (SAC's V from 256 actions of its policy, SQL's from 1024 uniform ones,
@@ -63,8 +63,9 @@ class Args:
     """runs side by side, one thread each"""
     folder: Path = Path("runs/truth")
     """folder of the runs"""
-    csv: Path = Path("benchmark/results/truth.csv")
-    """results, one row a run; what the page is drawn from lies in the folder of the same name without .csv"""
+    csv: Path | None = None
+    """results, one row a run, by default truth.csv or truth_presets.csv in --folder; what the page is drawn from lies
+    in the folder of the same name without .csv"""
     png: Path | None = None
     """page of pictures to write"""
 
@@ -231,7 +232,8 @@ def draw(args: Args, rows: list[dict]) -> None:
 
 def main(args: Args) -> int:
     """Exit code: 0, or 1 if a run failed."""
-    args = dataclasses.replace(args, folder=args.folder.resolve())
+    default = args.folder / ("truth_presets.csv" if args.presets else "truth.csv")
+    args = dataclasses.replace(args, folder=args.folder.resolve(), csv=args.csv or default)
     args.folder.mkdir(parents=True, exist_ok=True)
     rows = list(csv.DictReader(args.csv.read_text().splitlines())) if args.csv.exists() else []
     finished = {(row["algorithm"], row["env_id"], float(row["alpha"]), int(row["seed"])) for row in rows}

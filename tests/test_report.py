@@ -319,7 +319,7 @@ def test_committed_mixture_on_halfcheetah_backs_the_pages():
     assert f"are at {low:,.0f} to {high:,.0f} (stopped there)" in text
     ours = " / ".join(f"{cell['sampled'][0]:.0f}" for cell in cells.values())
     theirs = " / ".join(f"{flow[key]:.0f}" for key in cells)
-    text = f"MEow with its mixture {ours} at the end, sampled actions, with the paper's flow {theirs}"
+    text = f"MEow with its mixture {ours} at the end, sampled actions, with the paper's flow, deterministic, {theirs}"
     assert f"| HalfCheetah-v4, 200,000 steps, densities | {text} |" in (ROOT / "README.md").read_text()
 
 
