@@ -933,7 +933,7 @@ def make_sac_learner(agent: SAC, args: Args):
             alpha_loss.backward()
             average_gradient(agent.log_alpha)
             alpha_optimizer.step()
-        target_params.lerp_(q_params, args.tau)  # Q' <- Q' + tau (Q - Q')
+        target_params.lerp_(q_params.detach(), args.tau)  # Q' <- Q' + tau (Q - Q')
         return torch.stack(
             [loss, *qf_loss, *q.mean(0), y.mean(), q_params.grad.norm(), actor_loss, alpha_loss]
         ).detach()
@@ -1150,16 +1150,24 @@ def lock_run(run_dir: Path) -> io.BufferedWriter:
     return lock
 
 
+def new_folder(path: Path) -> Path:
+    """Make NAME__SECOND, or that of a later second if another run of this name has it."""
+    name, _, second = path.name.rpartition("__")
+    while True:
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            second = int(second) + 1
+            path = path.with_name(f"{name}__{second}")
+
+
 def open_run(
     args: Args, checkpoint: dict | None, ranks: int, facts: str
 ) -> tuple[Path, SummaryWriter, io.BufferedWriter]:
     """Create the run's folder with args.json, or go on with the checkpoint's; lock it, start logs, print the args."""
     name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}_{args.algo}__{args.seed}")
-    step, second = 0, int(time.time())
-    while os.path.exists(run_dir := Path("runs") / f"{name}__{second}"):
-        second += 1  # another run of this name began in that one
-    if checkpoint is not None:
-        run_dir, step = Path(args.resume), checkpoint["global_step"]
+    run_dir = Path("runs") / f"{name}__{int(time.time())}" if checkpoint is None else Path(args.resume)
     values = dataclasses.asdict(args)
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
     versions.update({m: getattr(sys.modules[m], "__version__", "?") for m in ("jax", "brax") if m in sys.modules})
@@ -1167,10 +1175,14 @@ def open_run(
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {device}"
     about = dict(args=values, command=shlex.join(sys.argv), commit=commit(), machine=machine, versions=versions)
     try:
-        run_dir.mkdir(parents=True, exist_ok=checkpoint is not None)
-        lock = lock_run(run_dir)
-        name = "args.json" if checkpoint is None else f"args-from-{step}.json"
-        write_file(run_dir / name, json.dumps({**about, "ranks": ranks}, indent=2).encode())
+        run_dir = new_folder(run_dir) if checkpoint is None else run_dir
+        lock, file, void = lock_run(run_dir), "args.json", None
+        if checkpoint is not None:
+            step = checkpoint["global_step"]
+            if step != latest_checkpoint(run_dir)[0]["global_step"]:
+                raise UserError(f"--resume {run_dir}: another process went on with it; expected to be alone")
+            file, void = f"args-from-{step}.json", step + 1  # what a killed run logged from there on
+        write_file(run_dir / file, json.dumps({**about, "ranks": ranks}, indent=2).encode())
     except OSError as e:
         raise UserError(f"{run_dir}: cannot be written ({e.strerror}); expected a folder runs/ with space") from e
     if args.track:
@@ -1179,8 +1191,7 @@ def open_run(
         names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name)
         once = dict(id=run_dir.name[-128:], resume="allow")  # a resumed run goes on under its id
         wandb.init(**names, **once, config=values, sync_tensorboard=True, save_code=True)
-    purge_step = None if checkpoint is None else step + 1  # what a killed run logged later is void
-    writer = SummaryWriter(str(run_dir), purge_step=purge_step)
+    writer = SummaryWriter(str(run_dir), purge_step=void)
     if checkpoint is None:
         rows = "\n".join(f"|{key}|{value}|" for key, value in values.items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{rows}")

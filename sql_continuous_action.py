@@ -365,7 +365,9 @@ def stein_direction(fixed: torch.Tensor, score: torch.Tensor, updated: torch.Ten
     """
     delta = fixed[:, None] - updated  # (K, K', B, D)
     distance = delta.square().sum(-1)  # (K, K', B)
-    h = (distance.flatten(0, 1).median(0).values / math.log(len(fixed) + 1)).clamp(min=1e-3)  # (B,)
+    pairs = distance.flatten(0, 1)  # (K K', B)
+    median = pairs.topk((len(pairs) + 1) // 2, 0, largest=False).values.amax(0)  # (B,); GPUs refuse torch.median here
+    h = (median / math.log(len(fixed) + 1)).clamp(min=1e-3)  # (B,)
     k = (-distance / h).exp()[..., None]  # (K, K', B, 1)
     return (k * (score[:, None] - 2 * delta / h[:, None])).mean(0)
 
@@ -560,6 +562,7 @@ def make_sql_update(agents: list[SQL], args: Args):
     def update(*batch_and_noise: torch.Tensor, n: int) -> torch.Tensor:
         *batch, next_actions, xi = batch_and_noise
         q_params.grad, stats = q_gradient(q_params, target_params, *batch, next_actions)
+        stats = stats.clone()  # on a GPU the next recorded call reuses its memory
         q_optimizer.step()
         sampler_params.grad, stein_norm = sampler_gradient(sampler_params, q_params, batch[0], xi)
         sampler_optimizer.step()
@@ -730,24 +733,35 @@ def lock_run(run_dir: Path) -> io.BufferedWriter:
     return lock
 
 
+def new_folder(path: Path) -> Path:
+    """Make NAME__SECOND, or that of a later second if another run of this name has it."""
+    name, _, second = path.name.rpartition("__")
+    while True:
+        try:
+            path.mkdir(parents=True)
+            return path
+        except FileExistsError:
+            second = int(second) + 1
+            path = path.with_name(f"{name}__{second}")
+
+
 def start_run(args: Args, checkpoint: dict | None) -> tuple[Path, SummaryWriter, io.BufferedWriter]:
     """Create the run's folder with args.json, or go on with the checkpoint's; lock it, start logs, print the args."""
     name = re.sub(r"[^\w.-]", "_", f"{args.env_id}__{args.exp_name}__{args.seed}")
-    step, second = 0, int(time.time())
-    while os.path.exists(run_dir := Path("runs") / f"{name}__{second}"):
-        second += 1  # another run of this name began in that one
-    if checkpoint is not None:
-        run_dir, step = Path(args.resume), checkpoint["global_step"]
+    run_dir = Path("runs") / f"{name}__{int(time.time())}" if checkpoint is None else Path(args.resume)
     values = dataclasses.asdict(args)
     versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, gym, np)}
     device = torch.cuda.get_device_name() if choose_device(args).type == "cuda" else "no GPU"
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {device}"
     facts = dict(args=values, command=shlex.join(sys.argv), commit=commit(), machine=machine, versions=versions)
     try:
-        run_dir.mkdir(parents=True, exist_ok=checkpoint is not None)
-        lock = lock_run(run_dir)
-        name = "args.json" if checkpoint is None else f"args-from-{step}.json"
-        write_file(run_dir / name, json.dumps(facts, indent=2).encode())
+        run_dir = new_folder(run_dir) if checkpoint is None else run_dir
+        lock, file, void = lock_run(run_dir), "args.json", None
+        if checkpoint is not None:
+            if (step := checkpoint["global_step"]) != latest_checkpoint(run_dir)[0]["global_step"]:
+                raise UserError(f"--resume {run_dir}: another process went on with it; expected to be alone")
+            file, void = f"args-from-{step}.json", step + 1  # what a killed run logged from there on
+        write_file(run_dir / file, json.dumps(facts, indent=2).encode())
     except OSError as e:
         raise UserError(f"{run_dir}: cannot be written ({e.strerror}); expected a folder runs/ with space") from e
     if args.track:
@@ -756,7 +770,6 @@ def start_run(args: Args, checkpoint: dict | None) -> tuple[Path, SummaryWriter,
         names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name)
         once = dict(id=run_dir.name[-128:], resume="allow")  # a resumed run goes on under its id
         wandb.init(**names, **once, config=values, sync_tensorboard=True, save_code=True)
-    void = None if checkpoint is None else step + 1  # what a killed run logged from there on
     writer = SummaryWriter(str(run_dir), purge_step=void)
     if checkpoint is None:
         rows = "\n".join(f"|{key}|{value}|" for key, value in values.items())
@@ -825,6 +838,8 @@ def make_runs(args: Args) -> tuple[Callable, list[Generator], dict]:
     for seed in seeds:
         torch.manual_seed(seed.seed)
         agents.append(Agent(obs_dim, action_dim, args).to(device))
+    if args.compile == "on":
+        torch.compiler.reset()  # what a run before in this process compiled has the numbers of its flags in it
     update, learner = make_update(agents, args)
     control, checkpoint = dict(stop=0, updates=0, at_episode_end=args.num_seeds == args.num_envs == 1), None
     if args.resume is not None:
@@ -916,8 +931,6 @@ def run_seed(
     capacity = min(args.buffer_size, args.total_timesteps + args.num_envs)
     buffer = ReplayBuffer(capacity, args.num_envs, obs_dim, action_dim, device, buffer_path)
     print(f"disk: {buffer_path} takes {buffer_path.stat().st_size / 1e9:.3f} GB until the run is finished")
-    if args.capture_video and checkpoint is None:
-        record_video(agent, args, run_dir / "videos", "step-0", device)  # fails now if it is going to
     global_step, updates_due, start_time = 0, 0.0, time.time()
     best_return, eval_return, episodic_return = -math.inf, math.nan, math.nan
     stats = []  # (global_step, statistics (L,)) of the updates since the last log
@@ -934,6 +947,8 @@ def run_seed(
             envs.set_attr("again", run["episodes"])
         obs, _ = envs.reset(seed=None if known else args.seed + global_step)
     obs_tensor = torch.as_tensor(obs).to(buffer.rows)  # (N, O)
+    if args.capture_video:
+        record_video(agent, args, run_dir / "videos", f"step-{global_step}", device)  # fails now if it is going to
 
     def save(name: str) -> None:
         if stats and name == "checkpoint.pt":

@@ -377,7 +377,7 @@ def test_stopped_and_resumed_is_the_same_run(tmp_path, script, env_id, number):
     until(lambda: steps_of(cwd, "*__stopped__*") >= 110, life)
     assert life.signal(number).wait().code == 128 + number, life.err
     stopped_at, command = re.search(r"stopped at step (\d+); go on with: python (.*)", life.out).groups()
-    assert 110 <= int(stopped_at) <= 350 and shlex.split(command)[0] == str(ROOT / script)  # MEow: 1,000 updates to go
+    assert 110 <= int(stopped_at) <= 400 and shlex.split(command)[0] == str(ROOT / script)  # MEow: 1,000 updates to go
     life = Life(script, *shlex.split(command)[1:], cwd=cwd).wait()
     assert life.code == 0, life.err
     stopped = folder_of(cwd, "*__stopped__*")
@@ -439,6 +439,25 @@ def test_run_that_is_not_over_is_not_resumed(tmp_path, script):
     again = Life(script, "--resume", folder_of(cwd), cwd=cwd)
     until(lambda: list(folder_of(cwd).glob("args-from-*")), again)  # a process that is gone holds nothing
     again.signal(signal.SIGKILL).wait()
+
+
+def test_run_that_another_process_went_on_with(tmp_path):
+    """Between reading the checkpoint and the lock: refused, or the newer one would be written over."""
+    meow.save_checkpoint(tmp_path / "checkpoint.pt", small_checkpoint(meow, 7))
+    with pytest.raises(meow.UserError, match="another process went on with it; expected to be alone"):
+        meow.start_run(meow.Args(resume=str(tmp_path)), small_checkpoint(meow, 5))
+    assert not list(tmp_path.glob("*.json.tmp")) and not list(tmp_path.glob("args*"))
+
+
+def test_video_of_a_resumed_run_fails_at_once(tmp_path):
+    (cwd := tmp_path / "x").mkdir()
+    life = Life(SCRIPTS[0], *flags_of(SCRIPTS[0], env_id="tasks:NoScreen-v0", total_timesteps=10**6), cwd=cwd)
+    until(lambda: steps_of(cwd) >= 10, life)
+    life.signal(signal.SIGKILL).wait()
+    before = meow.load_checkpoint(folder_of(cwd) / "checkpoint.pt")["global_step"]
+    again = Life(SCRIPTS[0], "--resume", folder_of(cwd), "--capture-video", cwd=cwd).wait()
+    assert again.code == 2 and "tasks:NoScreen-v0 cannot draw here (no GL context)" in again.err
+    assert meow.load_checkpoint(folder_of(cwd) / "checkpoint.pt")["global_step"] == before
 
 
 def test_file_system_without_locks(tmp_path, monkeypatch, capsys):
@@ -706,9 +725,9 @@ def test_names_of_experiments_stay_within_runs(tmp_path, name):
     assert life.wait().code == 0, life.err
     folder = folder_of(cwd)
     assert (folder / "checkpoint.pt").is_file() and [path.name for path in cwd.iterdir()] == ["runs"]
-    assert [path.name for path in cwd.parent.iterdir() if path.name != life.log.name] and not (
-        tmp_path / "x" / "x"
-    ).exists()
+    logs = {life.log.with_suffix(suffix).name for suffix in (".out", ".err")}
+    assert {path.name for path in cwd.parent.iterdir()} == {"z"} | logs
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["y"]
     assert scalars(folder)["eval/episodic_return"]
 
 

@@ -342,6 +342,8 @@ def test_update_is_that_of_the_single_robot_script(algo):
             noise = torch.stack([torch.randn(32, 3, dtype=torch.float64) for _ in range(2)])
         expected = theirs(meow.Batch(*batch), (noise,), n)
         torch.testing.assert_close(stats, expected, rtol=1e-6, atol=1e-9)  # theirs are in part single
+    closed_over = dict(zip(update.__code__.co_freevars, update.__closure__, strict=True))
+    assert closed_over["target_params"].cell_contents.grad_fn is None  # or a chain of all updates would stay in memory
     for p, q in zip(agent.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
     for p, q in zip(learner["target"].parameters(), target.parameters(), strict=True):
