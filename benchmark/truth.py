@@ -112,7 +112,7 @@ def run(args: Args, algorithms: list[str], env_id: str, alpha: float, seed: int)
         saved(args, algorithm, env_id, alpha, seed).parent.mkdir(parents=True, exist_ok=True)
         np.savez_compressed(saved(args, algorithm, env_id, alpha, seed), *arrays[1:], v=arrays[0])
         row = dict(env_id=env_id, algorithm=algorithm, alpha=trained.alpha, gamma=trained.gamma, seed=seed)
-        row |= dict(steps=trained.total_timesteps) | counts(env, rollouts)
+        row |= dict(steps=trained.total_timesteps, episodes=args.episodes) | counts(env, rollouts)
         row |= dict(v_origin=round(measured.v_origin, 1), optimum_origin=round(float(measured.optimum_origin), 1))
         row |= dict(rmse=round(measured.rmse, 1), kl=round(float(measured.kl.mean()), 3))
         row |= hit_counts(env_id, multigoal.policy_of(agent), args.episodes)
@@ -231,11 +231,17 @@ def draw(args: Args, rows: list[dict]) -> None:
 
 
 def main(args: Args) -> int:
-    """Exit code: 0, or 1 if a run failed."""
+    """Exit code: 0, 1 if a run failed, or 2 if the CSV has runs that this table cannot hold."""
     default = args.folder / ("truth_presets.csv" if args.presets else "truth.csv")
     args = dataclasses.replace(args, folder=args.folder.resolve(), csv=args.csv or default)
     args.folder.mkdir(parents=True, exist_ok=True)
     rows = list(csv.DictReader(args.csv.read_text().splitlines())) if args.csv.exists() else []
+    for row in rows:
+        steps = row["steps"] if args.presets else str(args.total_timesteps)
+        if (row["steps"], row["episodes"]) != (steps, str(args.episodes)):
+            found, wanted = f"{row['steps']} steps and {row['episodes']} rollouts", f"{steps} and {args.episodes}"
+            print(f"error: {args.csv} has a run of {found}; expected {wanted}: give another --csv", file=sys.stderr)
+            return 2
     finished = {(row["algorithm"], row["env_id"], float(row["alpha"]), int(row["seed"])) for row in rows}
     wanted = [
         (algorithm, env_id, alpha, seed)

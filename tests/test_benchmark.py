@@ -130,6 +130,8 @@ def test_goal_map_command(tmp_path, capsys):
     shutil.rmtree(args.folder)
     assert truth.main(args) == 0 and (tmp_path / "truth.png").read_bytes() == picture
     assert (tmp_path / "truth.csv").read_text() == written and "to go" not in capsys.readouterr().out
+    assert truth.main(dataclasses.replace(args, total_timesteps=2000)) == 2
+    assert "has a run of 1040 steps and 5 rollouts; expected 2000 and 5: give another --csv" in capsys.readouterr().err
 
 
 def test_goal_map_run_of_two_of_s2acs_variants(tmp_path, monkeypatch):
@@ -303,6 +305,10 @@ def test_estimation_command(tmp_path, monkeypatch):
             assert abs(bias) < 1e-3 and spread < 1e-3
         else:
             assert bias < 3 * spread / (8 * 2048 / int(row["M"])) ** 0.5
+    uniform = [row for row in rows if row["estimator"] == estimation.UNIFORM]
+    for states in ("initial", "visited"):
+        bias = {int(row["M"]): float(row["bias"]) for row in uniform if row["states"] == states}
+        assert bias[1] < -0.1 and abs(bias[1024]) < 0.1 * abs(bias[1])
 
 
 def test_committed_estimation_backs_the_pages():

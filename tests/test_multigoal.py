@@ -117,7 +117,7 @@ def test_soft_value_iteration_against_the_table(env_id, alpha, gamma, v, goals, 
 def test_optimum_satisfies_the_soft_bellman_equation():
     """V(s) = alpha log int exp((r + gamma (1 - d) V(s')) / alpha) da with 200,000 random actions, off the grid."""
     env = gym.make(FOUR).unwrapped
-    optimum = multigoal.soft_value_iteration(env, 2.5, 0.9)
+    optimum = multigoal.optimum_of(FOUR, 2.5, 0.9)
     rng = np.random.default_rng(0)
     actions = rng.uniform(-1, 1, (200_000, 2))
     for x in (np.array([0.1, -0.3]), np.array([2.4, 1.1]), np.array([-4.9, 6.0])):
@@ -161,8 +161,7 @@ def test_repeats_have_the_law_of_the_policy(variant):
 
 
 def test_optimum_is_symmetric():
-    optimum = multigoal.soft_value_iteration(gym.make(FOUR), 2.5, 0.9)
-    values = optimum.values
+    values = multigoal.optimum_of(FOUR, 2.5, 0.9).values
     for image in (values[::-1], values[:, ::-1], values.T):
         np.testing.assert_allclose(values, image, atol=1e-2)
 
