@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from playwright.sync_api import sync_playwright
+from torch.utils.tensorboard import SummaryWriter
 
-from benchmark import report, run, scores
+from benchmark import export, report, run, scores
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKE = str(ROOT / "tests" / "fake_script.py")
@@ -195,7 +196,7 @@ def test_what_a_command_says(command, expected):
 
 def test_grid_folder(tmp_path):
     """Runs of the manifest count, what was set aside does not; flags that all share make no variant; a shorter copy of
-    a run is left out and named."""
+    a run and one that has no evaluation yet are left out and named."""
     cells = {}
     for seed, total in ((1, 50), (2, 100)):
         cell = dict(name=f"c{seed}", script=FAKE, env_id="Hopper-v4", variant="", seeds=[seed], state="done")
@@ -216,6 +217,26 @@ def test_grid_folder(tmp_path):
     assert runs[1].returns[100] == 10.0 and runs[0].rows[0]["command"].startswith("fake_script.py --env-id Hopper-v4")
     run.save(tmp_path, {name: cell | dict(state="running", runs=[]) for name, cell in cells.items()})  # still at it
     assert [max(r.returns) for r in scores.load((tmp_path,))[0]] == [50, 100]
+    (folder,) = run.run_folders(tmp_path / "c1")
+    for name in ("without-log", "SPS-only"):
+        (young := tmp_path / name / "runs" / "young").mkdir(parents=True)
+        shutil.copy(folder / "args.json", young)
+        cells[name] = cells["c1"] | dict(name=name, state="running", runs=[])
+    with SummaryWriter(young) as writer:
+        writer.add_scalar("charts/SPS", 50.0, 10)
+    run.save(tmp_path, cells)
+    runs, _, left_out = scores.load((tmp_path,))
+    assert [max(r.returns) for r in runs] == [50, 100] and len(left_out) == 2
+    for name, line in zip(("without-log", "SPS-only"), left_out, strict=True):
+        assert line == f"{tmp_path / name / 'runs' / 'young'} (no evaluation yet)"
+    with pytest.raises(scores.UserError, match="no run has an evaluation yet"):
+        export.main(export.Args([young], tmp_path / "young.csv"))
+    with pytest.raises(scores.UserError, match="c1 is not the folder of a run: it has no args.json"):
+        export.main(export.Args([tmp_path / "c1"], tmp_path / "young.csv"))
+    (young / "args.json").write_text((folder / "args.json").read_text().replace("Hopper-v4", "Ant-v4"))
+    with pytest.raises(scores.UserError, match="on Hopper-v4, Ant-v4; expected one task"):
+        export.main(export.Args([folder, young], tmp_path / "young.csv"))
+    run.save(tmp_path, {name: cells[name] for name in ("c1", "c2")})
     shorter = write(tmp_path / "s.csv", [row for row in runs[1].rows if int(row["step"]) <= 30])
     runs, _, left_out = scores.load((shorter, tmp_path))
     assert [max(r.returns) for r in runs] == [50, 100] and len(left_out) == 1 and "s.csv" in left_out[0].split("(")[0]
