@@ -18,7 +18,7 @@ import shlex
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +28,7 @@ import torch
 import tyro
 
 import sac_continuous_action as sac
-from benchmark import write_csv
+from benchmark import as_done, write_csv
 from benchmark.export import curve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,20 +116,32 @@ def report(rows: list[dict], seeds: tuple[int, ...]) -> None:
     print(f"difference {ours.mean() - theirs.mean():.1f}, 95% interval {interval.low:.1f} to {interval.high:.1f}")
 
 
-def main(args: Args) -> None:
+def main(args: Args) -> int:
+    """Exit code: 0, or 1 if a run failed."""
     path = args.csv or Path("runs") / f"sb3_{args.env_id}.csv"
     rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
     finished = {(row["library"], int(row["seed"])) for row in rows if int(row["step"]) == args.total_timesteps}
-    wanted = [(library, seed) for seed in args.seeds for library in LIBRARIES if (library, seed) not in finished]
+    jobs, failed = [(library, seed) for seed in args.seeds for library in LIBRARIES], []
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(run, args, *job): job for job in wanted}
-        for future in as_completed(futures):
-            rows += future.result()
-            print(f"{futures[future]}: last evaluation {rows[-1]['return']}", flush=True)
+        futures = {pool.submit(run, args, *job): job for job in jobs if job not in finished}
+        for (library, seed), future, progress in as_done(futures):
+            try:
+                new = future.result()
+                print(f"{progress}: {library}, seed {seed}: last evaluation {new[-1]['return']}", flush=True)
+            except Exception as e:  # whatever ended this run; the others go on, and the exit code says so
+                failed.append(f"{library}, seed {seed}")
+                print(f"{progress}: {failed[-1]} failed: {e}", file=sys.stderr, flush=True)
+                continue
+            rows += new
             write_csv(path, rows)
-    report(rows, args.seeds)
+    both = tuple(seed for seed in args.seeds if not any(f"{library}, seed {seed}" in failed for library in LIBRARIES))
+    if both:
+        report(rows, both)
+    if failed:
+        print(f"failed: {'; '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    sys.exit(main(tyro.cli(Args)))

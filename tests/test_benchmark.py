@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -283,6 +284,36 @@ def test_sb3_report(capsys):
     dof = (a + b) ** 2 / (a**2 / 2 + b**2 / 2)
     half = scipy.stats.t.ppf(0.975, dof) * (a + b) ** 0.5
     assert f"difference -1.0, 95% interval {-1 - half:.1f} to {-1 + half:.1f}" in printed
+
+
+@pytest.fixture
+def sb3_runs(monkeypatch) -> list:
+    """In place of the runs of the comparison with Stable-Baselines3, which take minutes: what they would return."""
+    started = []
+
+    def run(args: sb3.Args, library: str, seed: int) -> list[dict]:
+        started.append((library, seed))
+        if seed == 2 and library == sb3.LIBRARIES[1]:
+            raise RuntimeError("no memory")
+        steps = range(args.eval_frequency, args.total_timesteps + 1, args.eval_frequency)
+        command = f"run {len(started)} --total-timesteps {args.total_timesteps}"
+        about = dict(library=library, SPS=50.0, seed=seed, command=command)
+        return [{"step": step, "return": step / 100 + seed} | about for step in steps]
+
+    monkeypatch.setattr(sb3, "run", run)
+    monkeypatch.setattr(sb3, "ProcessPoolExecutor", lambda jobs, context: ThreadPoolExecutor(1))
+    return started
+
+
+def test_sb3_command_reports_what_fails(tmp_path, sb3_runs, capsys):
+    """The others are kept and compared, and only what failed is run again; exit code 1."""
+    args = sb3.Args(total_timesteps=10_000, seeds=(1, 2, 3), csv=tmp_path / "sb3.csv")
+    assert sb3.main(args) == 1 and len(sb3_runs) == 6
+    out, err = capsys.readouterr()
+    assert "Stable-Baselines3, seed 2 failed: no memory" in err and "failed: Stable-Baselines3, seed 2\n" in err
+    assert out.count("over 2 seeds") == 2 and len(list(csv.DictReader(args.csv.open()))) == 10
+    assert sb3.main(args) == 1 and sb3_runs[6:] == [(sb3.LIBRARIES[1], 2)]
+    assert sb3.main(dataclasses.replace(args, seeds=(1, 3))) == 0 and len(sb3_runs) == 7
 
 
 def test_estimation_command(tmp_path, monkeypatch):
