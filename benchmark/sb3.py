@@ -6,8 +6,9 @@
 Settings are Stable-Baselines3's defaults, given to both: Adam 3e-4 for actor, Q and alpha, an actor step with every
 update, batch 256, tau 0.005, gamma 0.99, target entropy -D, 2 x 256 ReLU. Ours runs through its command line. Both are
 evaluated by sac_continuous_action.evaluate, deterministic, on the same starts. Finished runs are kept in the CSV and
-not run again. Printed: for each library the mean over seeds of the last five evaluations and its standard deviation,
-and Welch's 95% interval of the difference.
+not run again; runs of another length or with other evaluations may be there, too, and count for nothing. Printed: for
+each library the mean over seeds of the last five evaluations and its standard deviation, and Welch's 95% interval of
+the difference. Exit code: 1 if a run failed.
 """
 
 import csv
@@ -53,6 +54,11 @@ class Args:
     """results, by default runs/sb3_{env_id}.csv"""
 
 
+def evaluation_steps(args: Args) -> set[int]:
+    """Steps at which a run is evaluated."""
+    return {*range(args.eval_frequency, args.total_timesteps, args.eval_frequency), args.total_timesteps}
+
+
 def train_ours(args: Args, seed: int) -> list[dict]:
     """One run through the command line; its evaluation curve."""
     flags = dict(env_id=args.env_id, seed=seed, total_timesteps=args.total_timesteps, device="cpu", q_lr=3e-4)
@@ -77,11 +83,11 @@ def train_sb3(args: Args, seed: int) -> list[dict]:
     versions = f"stable-baselines3 {stable_baselines3.__version__}, torch {torch.__version__}"
     about = dict(seed=seed, commit=sac.commit(), machine=f"{os.cpu_count()} cores, 1 torch thread, {versions}")
     about["command"] = shlex.join(["python", "-m", "benchmark.sb3", *sys.argv[1:]])
-    rows, start = [], time.time()
+    rows, steps, start = [], evaluation_steps(args), time.time()
 
     class Evaluation(BaseCallback):
         def _on_step(self) -> bool:
-            if self.num_timesteps % args.eval_frequency == 0:
+            if self.num_timesteps in steps:
                 actor = self.model.policy.actor
                 policy = SimpleNamespace(sample=lambda obs, deterministic: actor(obs, deterministic=deterministic))
                 returns, _ = sac.evaluate(policy, eval_envs, True, torch.device("cpu"))
@@ -99,6 +105,15 @@ def train_sb3(args: Args, seed: int) -> list[dict]:
 def run(args: Args, library: str, seed: int) -> list[dict]:
     rows = (train_ours if library == LIBRARIES[0] else train_sb3)(args, seed)
     return [{"library": library} | row for row in rows]
+
+
+def wanted(args: Args, rows: list[dict]) -> list[dict]:
+    """The rows of the runs with the evaluations that `args` asks for, without those of shorter and longer runs."""
+    runs = {}
+    for row in rows:
+        runs.setdefault((row["library"], row["seed"], row["command"]), []).append(row)
+    steps = evaluation_steps(args)
+    return [row for own in runs.values() if {int(row["step"]) for row in own} == steps for row in own]
 
 
 def report(rows: list[dict], seeds: tuple[int, ...]) -> None:
@@ -120,7 +135,7 @@ def main(args: Args) -> int:
     """Exit code: 0, or 1 if a run failed."""
     path = args.csv or Path("runs") / f"sb3_{args.env_id}.csv"
     rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-    finished = {(row["library"], int(row["seed"])) for row in rows if int(row["step"]) == args.total_timesteps}
+    finished = {(row["library"], int(row["seed"])) for row in wanted(args, rows)}
     jobs, failed = [(library, seed) for seed in args.seeds for library in LIBRARIES], []
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
@@ -137,7 +152,7 @@ def main(args: Args) -> int:
             write_csv(path, rows)
     both = tuple(seed for seed in args.seeds if not any(f"{library}, seed {seed}" in failed for library in LIBRARIES))
     if both:
-        report(rows, both)
+        report(wanted(args, rows), both)
     if failed:
         print(f"failed: {'; '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

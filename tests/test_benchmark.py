@@ -295,7 +295,7 @@ def sb3_runs(monkeypatch) -> list:
         started.append((library, seed))
         if seed == 2 and library == sb3.LIBRARIES[1]:
             raise RuntimeError("no memory")
-        steps = range(args.eval_frequency, args.total_timesteps + 1, args.eval_frequency)
+        steps = [*range(args.eval_frequency, args.total_timesteps, args.eval_frequency), args.total_timesteps]
         command = f"run {len(started)} --total-timesteps {args.total_timesteps}"
         about = dict(library=library, SPS=50.0, seed=seed, command=command)
         return [{"step": step, "return": step / 100 + seed} | about for step in steps]
@@ -314,6 +314,15 @@ def test_sb3_command_reports_what_fails(tmp_path, sb3_runs, capsys):
     assert out.count("over 2 seeds") == 2 and len(list(csv.DictReader(args.csv.open()))) == 10
     assert sb3.main(args) == 1 and sb3_runs[6:] == [(sb3.LIBRARIES[1], 2)]
     assert sb3.main(dataclasses.replace(args, seeds=(1, 3))) == 0 and len(sb3_runs) == 7
+
+
+def test_sb3_command_compares_runs_of_the_wanted_length(tmp_path, sb3_runs, capsys):
+    """Shorter and longer runs in the same CSV answer nothing and count for nothing."""
+    args = sb3.Args(seeds=(1, 3), eval_frequency=1_000, csv=tmp_path / "sb3.csv")
+    for total, mean in 2 * ((10_000, "82.0"), (5_500, "41.0"), (20_000, "182.0")):
+        assert sb3.main(dataclasses.replace(args, total_timesteps=total)) == 0
+        assert capsys.readouterr().out.count(f"{mean} +- 1.4 over 2 seeds") == 2
+    assert len(sb3_runs) == 12
 
 
 def test_estimation_command(tmp_path, monkeypatch):
