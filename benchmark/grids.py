@@ -83,6 +83,11 @@ def merge(old: dict[str, dict], new: dict[str, dict]) -> dict[str, dict]:
     """The cells of both. Raises UserError where the two disagree."""
     seeds = {(c["script"], c["env_id"], c["variant"], seed): c["name"] for c in old.values() for seed in c["seeds"]}
     for name, cell in new.items():
+        if name in old and cell["script"] != old[name]["script"]:
+            raise UserError(
+                f"{name} would be of {old[name]['script']} and of {cell['script']}; expected one script of that file "
+                "name: rename one, or give it a grid of its own"
+            )
         if name in old and cell["flags"] != old[name]["flags"]:
             raise UserError(f"{name} is in the grid with other flags: {shlex.join(old[name]['flags'])}")
         for seed in cell["seeds"]:

@@ -206,6 +206,17 @@ def test_mistakes(tmp_path, flags, message):
     assert message in str(e.value)
 
 
+def test_scripts_of_one_file_name(tmp_path):
+    """Two in different folders would be one cell, of which only the first would run."""
+    scripts = [str(tmp_path / folder / "my_script.py") for folder in ("a", "b")]
+    for script in scripts:
+        Path(script).parent.mkdir()
+        Path(script).touch()
+    with pytest.raises(run.UserError, match=f"would be of {scripts[0]} and of {scripts[1]}; expected one script"):
+        grids.grid(run.Args(tmp_path, scripts=tuple(scripts), env_ids=("A-v0",)))
+    assert len(grids.grid(run.Args(tmp_path, scripts=(scripts[0], scripts[0]), env_ids=("A-v0",)))) == 1
+
+
 def test_presets_and_their_cost(capsys):
     """The numbers of steps are those of the scripts' own presets."""
     for module in (meow, sac, sql):
