@@ -59,6 +59,11 @@ def grid(args) -> dict[str, dict]:
     given = {key: getattr(args, key) for key in ("scripts", "env_ids", "seeds", "variants") if getattr(args, key)}
     if args.preset is None and given and not {"scripts", "env_ids"} <= set(given):
         raise UserError("a grid needs --preset, or --scripts and --env-ids")
+    if args.preset is None and not given and (args.flags or args.num_seeds != 1):
+        raise UserError(
+            "--flags and --num-seeds are for cells of --preset or --scripts, and neither is given: give one, or leave "
+            "them out; cells that are in the grid keep theirs"
+        )
     cells = {}
     for block in PRESETS[args.preset] if args.preset else [{}] if given else []:
         block = dict(seeds=(1,), variants=("",), flags="") | block | given

@@ -182,6 +182,8 @@ def test_one_grid_a_folder(tmp_path):
     [
         (dict(), "nothing to run"),
         (dict(scripts=(FAKE,)), "needs --preset, or --scripts and --env-ids"),
+        (dict(resume=True, flags="--tau 1"), "--flags and --num-seeds are for cells of --preset or --scripts"),
+        (dict(resume=True, num_seeds=2), "cells that are in the grid keep theirs"),
         (dict(scripts=("nothing",), env_ids=("A-v0",)), "nothing: no such script"),
         (dict(preset="smoke", seeds=(1, 3), num_seeds=2), "consecutive seeds, not [1, 3]"),
         (dict(preset="smoke", rate=("meow",)), "meow=120"),
