@@ -6,6 +6,7 @@
 Reads folders of benchmark.run, run folders, folders of run folders, and CSVs of benchmark.export. The algorithm of a
 run is the first word of the script in its command, its task is --env-id, and the other flags make a variant of the
 algorithm (but not --seed, --total-timesteps and the like: PLAIN in scores.py). Flags that all runs share are said once.
+A run is set beside the paper's curve of the same flags: figure 3's of none, figure 6's of its two ablations.
 Writes index.html, which holds everything and opens from disk, and its pictures as PNG; prints the tables as Markdown.
 
 Intervals are rliable's: 95%, percentiles of a bootstrap over seeds, stratified by task. One seed has none.
@@ -186,7 +187,8 @@ def final_table(page: Page, runs: list[Run], curves: dict, reps: int) -> None:
 
 def aggregates(page: Page, name: str, runs: list[Run], curves: dict, reps: int) -> None:
     """Scores over tasks of the paper: IQM and others, sample efficiency, probability of improvement."""
-    scale = {run.env_id: references_of(dataclasses.replace(run, algorithm="MEow", variant=""), curves) for run in runs}
+    full = dict(algorithm="MEow", flags=frozenset())
+    scale = {run.env_id: references_of(dataclasses.replace(run, **full), curves) for run in runs}
     methods = {m: by([r for r in own if PAPER in scale[r.env_id]], "env_id") for m, own in by(runs, "method").items()}
     methods = {method: own for method, own in methods.items() if own}
     tasks = [env_id for env_id in scale if methods and all(env_id in own for own in methods.values())]
@@ -300,7 +302,10 @@ def main(args: Args) -> None:
         "figures."
     )
     if shared:
-        page.text(f"All runs have the flags {'; '.join(shared)}, which are not in their names below.")
+        page.text(
+            f"All runs have the flags {'; '.join(shared)}, which are not in their names below. Their references, if "
+            "any, have the same flags."
+        )
     for line in left_out:
         page.text(f"Left out: {line}.")
     groups = {"Algorithms": [run for run in runs if not run.variant]}

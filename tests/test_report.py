@@ -16,6 +16,8 @@ import pytest
 from playwright.sync_api import sync_playwright
 from torch.utils.tensorboard import SummaryWriter
 
+import meow_continuous_action as meow
+import meow_isaacgym
 from benchmark import export, report, run, scores
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -188,10 +190,36 @@ def test_coverage_that_the_page_states():
             ("SAC", "A-v0", {"no-autotune", "alpha .1"}),
         ),
         ("meow_continuous_action.py --no-capture-video --coupling affine", ("MEow", "Hopper-v4", {"coupling affine"})),
+        (
+            "meow_isaacgym.py --total-steps=9 --checkpoint-minutes 1 --checkpoint-frequency=5 --debug --env-id Ant",
+            ("MEow", "Ant", set()),
+        ),
     ],
 )
 def test_what_a_command_says(command, expected):
     assert scores.describe(command) == expected
+
+
+def test_what_changes_no_run_makes_no_variant():
+    """Whatever --resume may change; and each is a flag of a script."""
+    plain = {name.replace("-", "_") for name in scores.PLAIN}
+    assert meow.MAY_CHANGE | meow_isaacgym.MAY_CHANGE <= plain
+    assert plain <= {field.name for module in (meow, meow_isaacgym) for field in dataclasses.fields(module.Args)}
+
+
+def test_references_are_of_the_same_flags(tmp_path, capsys):
+    """Of runs that all are an ablation too, whose flag is then not in their name; of other flags there are none."""
+    for flag, expected in (("no-reward-shift", {scores.ABLATION}), ("tau 0.01", set()), ("debug", {scores.PAPER})):
+        rows = rows_of(f"meow_continuous_action.py --env-id Hopper-v4 --{flag}", 1, 60_000, 10)
+        ((one,), shared, _) = scores.load((path := write(tmp_path / "one.csv", rows),))
+        assert one.method == "MEow" and shared == [flag] * (flag != "debug")
+        assert set(scores.references_of(one, scores.references())) - {scores.TEN_SEEDS} == expected
+    rows = rows_of("meow_continuous_action.py --no-clipped-double-q", 1, 60_000, 10)
+    report.main(report.Args((write(path, rows),), tmp_path / "out"))
+    comparison, final, aggregate = tables(capsys.readouterr().out)[:3]
+    assert {row["reference"] for row in comparison} == {scores.ABLATION} and aggregate[0]["tasks"] == "1"
+    (figure_6,) = (c for k, c in scores.references().items() if k == (scores.ABLATION, "MEow LRS only", "Hopper-v4"))
+    assert final[0]["paper's end"] == f"{figure_6[max(figure_6)]:.0f} ({max(figure_6)})"
 
 
 def test_grid_folder(tmp_path):
