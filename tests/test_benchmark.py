@@ -10,13 +10,14 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import scipy.stats
 import torch
 
 import meow_continuous_action as meow
-from benchmark import acting, densities, entropy, estimation, export, sb3, soak, truth, write_csv
+from benchmark import acting, densities, entropy, estimation, export, sb3, soak, speed, truth, write_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ["step", "return", "SPS", "seed", "commit", "machine", "command"]
@@ -400,6 +401,21 @@ def test_soak(tmp_path):
     for fault in (dict(rss_mb=510.0), dict(open_files=21), dict(checkpoint_s=0.2)):
         assert not soak.verdict([*good, good[-1] | fault], 200)[1]
     assert soak.verdict([good[0] | dict(rss_mb=400.0, open_files=19), *good], 200)[1]  # before it has settled
+
+
+def test_speed_chart(tmp_path):
+    """A bar for each line of the table, also where only batch, environments or seeds differ, of that line's turns."""
+    plain = dict(env_id="T", threads=1, implementation="MEow", mode="compiled", batch_size=256, num_envs=1, num_seeds=1)
+    changes = [dict(batch_size=4096), dict(num_envs=4), dict(num_seeds=5), dict(threads=2, num_seeds=5)]
+    rows = [plain | x | dict(loop_sps=100 * k + n) for n in range(3) for k, x in enumerate(changes)]
+    speed.chart(rows, tmp_path / "chart.png")
+    axis = plt.gcf().axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == [
+        f"MEow, {change}, compiled" for change in ("batch 4096", "envs 4", "seeds 5")
+    ]
+    bars = {round(bar.get_y() + bar.get_height() / 2, 1): bar.get_width() for bar in axis.patches}
+    assert bars == {0.0: 1, 1.0: 101, 2.0: 201, 2.4: 301} and (tmp_path / "chart.png").stat().st_size > 10_000
+    plt.close()
 
 
 def test_committed_soak_backs_the_pages():
