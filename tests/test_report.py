@@ -13,7 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 from playwright.sync_api import sync_playwright
+from rliable import metrics
 from torch.utils.tensorboard import SummaryWriter
 
 import meow_continuous_action as meow
@@ -155,6 +157,22 @@ def test_aggregates(curves, tmp_path, capsys):
         assert x.min() - 1e-3 <= low <= middle <= high <= x.max() + 1e-3 and low < high
     (improvement,) = (t for t in found if t[0].get("of", "").startswith("P(MEow > SAC"))
     assert improvement == [{"of": "P(MEow > SAC)", "estimate": "1.000", "95% interval": "1.000 to 1.000"}]
+
+
+@pytest.mark.parametrize("n, m, tasks", [(2, 2, 1), (5, 4, 3), (3, 10, 2)])
+def test_own_estimators_are_rliables(n, m, tasks):
+    """To the last bit, also of equal scores, and so are their intervals by the same resamples."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(n, tasks)).round(1), rng.normal(0.3, size=(m, tasks)).round(1)
+    for data, own, theirs in (
+        (x, lambda x: report.iqm(x.ravel()), metrics.aggregate_iqm),
+        ([x, y], report.improvement, metrics.probability_of_improvement),
+        ([x, x], report.improvement, metrics.probability_of_improvement),
+    ):
+        found, expected = (scores.interval(data, lambda *x: np.array([f(*x)]), 50) for f in (own, theirs))  # noqa: B023
+        assert found[0] == expected[0] and (found[1] == expected[1]).all()
+    curves = rng.normal(size=(n * tasks, 7))
+    assert (report.iqm(curves) == scipy.stats.trim_mean(curves, 0.25)).all()
 
 
 def test_interval_is_that_of_all_resamples():
