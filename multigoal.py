@@ -58,9 +58,11 @@ class MultiGoalEnv(gym.Env):
         next_x = np.clip(x + action, -BOUND, BOUND)
         hit = self.crosses_wall(x, next_x) if self.obstacle else np.zeros(next_x.shape[:-1], dtype=bool)
         next_x = np.where(hit[..., None], x, next_x)
-        distance = np.linalg.norm(next_x[..., None, :] - self.goals, axis=-1)  # (..., G)
-        goal = np.where(distance.min(-1) < self.radius, distance.argmin(-1), -1)
-        reward = -30.0 * np.square(action).sum(-1) - np.square(distance.min(-1)) + 10.0 * (goal >= 0)
+        dx, dy = (np.subtract.outer(self.goals[:, i], next_x[..., i]) for i in (0, 1))  # (G, ...)
+        squared = np.square(dx) + np.square(dy)
+        least = np.sqrt(squared.min(0))
+        goal = np.where(least < self.radius, squared.argmin(0), -1)
+        reward = -30.0 * np.square(action).sum(-1) - np.square(least) + 10.0 * (goal >= 0)
         return next_x, reward, goal, hit
 
     def crosses_wall(self, x: np.ndarray, next_x: np.ndarray) -> np.ndarray:
@@ -156,7 +158,7 @@ def soft_value_iteration(
 
     V <- alpha log int exp((r + gamma (1 - d) V(x')) / alpha) da on a grid of states^2 positions; the integral is
     a midpoint sum over actions^2 cells of [-1, 1]^2, V is interpolated bilinearly (Haarnoja et al. 2017, eq. 3-5).
-    About 7 s and 300 MB. Iterates until V moves by less than `tolerance` at every grid point.
+    About 3 s and 600 MB. Iterates until V moves by less than `tolerance` at every grid point.
     """
     env = env.unwrapped
     axis = np.linspace(-BOUND, BOUND, states)
@@ -175,8 +177,10 @@ def soft_value_iteration(
     reward, matrix = model(grid)
     values, change = np.zeros(len(grid)), np.inf
     while change > tolerance:
-        q = reward + (matrix @ values).reshape(reward.shape)
-        new_values = alpha * (scipy.special.logsumexp(q / alpha, axis=-1) + log_cell)
+        q = (reward + (matrix @ values).reshape(reward.shape)) / alpha
+        best = q.max(-1)
+        mass = np.exp(np.subtract(q, best[:, None], out=q), out=q).sum(-1)
+        new_values = alpha * (np.log(mass) + best + log_cell)
         change, values = np.abs(new_values - values).max(), new_values
 
     def q_at(obs: np.ndarray) -> np.ndarray:

@@ -11,12 +11,14 @@ import dataclasses
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmark import write_csv
+from benchmark.grids import UserError, exit_code
 
 REFERENCE = Path(__file__).parent / "reference" / "learning_curves.csv"
 
@@ -32,14 +34,18 @@ class Args:
 
 
 def curve(run: Path) -> list[dict]:
-    """Rows of the CSV from the run's TensorBoard events and args.json. SPS is the last one logged before."""
+    """Rows of the CSV from the run's TensorBoard events and args.json, none before its first evaluation.
+
+    SPS is the last one logged before.
+    """
     events = EventAccumulator(str(run)).Reload()
     facts = json.loads((run / "args.json").read_text())
-    speeds = events.Scalars("charts/SPS")
+    tags = ("charts/SPS", "eval/episodic_return")
+    speeds, returns = (events.Scalars(tag) if tag in events.Tags()["scalars"] else [] for tag in tags)
     script, *flags = shlex.split(facts["command"])
     command = shlex.join([Path(script).name, *flags])  # wherever the script lay
     rows = []
-    for event in events.Scalars("eval/episodic_return"):
+    for event in returns:
         sps = next((s.value for s in reversed(speeds) if s.step <= event.step), float("nan"))
         about = dict(seed=facts["args"]["seed"], commit=facts["commit"], machine=facts["machine"])
         row = {"step": event.step, "return": round(event.value, 2), "SPS": round(sps, 1)}
@@ -83,8 +89,16 @@ def draw(rows: list[dict], env_id: str, path: Path) -> None:
 
 
 def main(args: Args) -> None:
+    """Raises UserError."""
+    for run in args.runs:
+        if not (run / "args.json").is_file():
+            raise UserError(f"{run} is not the folder of a run: it has no args.json")
+    env_id, *others = {json.loads((run / "args.json").read_text())["args"]["env_id"]: 0 for run in args.runs}
+    if others:
+        raise UserError(f"the runs are on {', '.join([env_id, *others])}; expected one task: export each on its own")
     rows = [row for run in args.runs for row in curve(run)]
-    (env_id,) = {json.loads((run / "args.json").read_text())["args"]["env_id"] for run in args.runs}
+    if not rows:
+        raise UserError("no run has an evaluation yet: wait for the first one")
     write_csv(args.csv, rows)
     if args.png is not None:
         draw(rows, env_id, args.png)
@@ -92,4 +106,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    sys.exit(exit_code(main, Args, __doc__))

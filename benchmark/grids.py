@@ -59,6 +59,11 @@ def grid(args) -> dict[str, dict]:
     given = {key: getattr(args, key) for key in ("scripts", "env_ids", "seeds", "variants") if getattr(args, key)}
     if args.preset is None and given and not {"scripts", "env_ids"} <= set(given):
         raise UserError("a grid needs --preset, or --scripts and --env-ids")
+    if args.preset is None and not given and (args.flags or args.num_seeds != 1):
+        raise UserError(
+            "--flags and --num-seeds are for cells of --preset or --scripts, and neither is given: give one, or leave "
+            "them out; cells that are in the grid keep theirs"
+        )
     cells = {}
     for block in PRESETS[args.preset] if args.preset else [{}] if given else []:
         block = dict(seeds=(1,), variants=("",), flags="") | block | given
@@ -83,6 +88,11 @@ def merge(old: dict[str, dict], new: dict[str, dict]) -> dict[str, dict]:
     """The cells of both. Raises UserError where the two disagree."""
     seeds = {(c["script"], c["env_id"], c["variant"], seed): c["name"] for c in old.values() for seed in c["seeds"]}
     for name, cell in new.items():
+        if name in old and cell["script"] != old[name]["script"]:
+            raise UserError(
+                f"{name} would be of {old[name]['script']} and of {cell['script']}; expected one script of that file "
+                "name: rename one, or give it a grid of its own"
+            )
         if name in old and cell["flags"] != old[name]["flags"]:
             raise UserError(f"{name} is in the grid with other flags: {shlex.join(old[name]['flags'])}")
         for seed in cell["seeds"]:

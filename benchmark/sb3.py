@@ -6,8 +6,9 @@
 Settings are Stable-Baselines3's defaults, given to both: Adam 3e-4 for actor, Q and alpha, an actor step with every
 update, batch 256, tau 0.005, gamma 0.99, target entropy -D, 2 x 256 ReLU. Ours runs through its command line. Both are
 evaluated by sac_continuous_action.evaluate, deterministic, on the same starts. Finished runs are kept in the CSV and
-not run again. Printed: for each library the mean over seeds of the last five evaluations and its standard deviation,
-and Welch's 95% interval of the difference.
+not run again; runs of another length or with other evaluations may be there, too, and count for nothing. Printed: for
+each library the mean over seeds of the last five evaluations and its standard deviation, and Welch's 95% interval of
+the difference. Exit code: 1 if a run failed.
 """
 
 import csv
@@ -18,7 +19,7 @@ import shlex
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,7 +29,7 @@ import torch
 import tyro
 
 import sac_continuous_action as sac
-from benchmark import write_csv
+from benchmark import as_done, write_csv
 from benchmark.export import curve
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,6 +52,11 @@ class Args:
     """runs side by side, one thread each"""
     csv: Path | None = None
     """results, by default runs/sb3_{env_id}.csv"""
+
+
+def evaluation_steps(args: Args) -> set[int]:
+    """Steps at which a run is evaluated."""
+    return {*range(args.eval_frequency, args.total_timesteps, args.eval_frequency), args.total_timesteps}
 
 
 def train_ours(args: Args, seed: int) -> list[dict]:
@@ -77,11 +83,11 @@ def train_sb3(args: Args, seed: int) -> list[dict]:
     versions = f"stable-baselines3 {stable_baselines3.__version__}, torch {torch.__version__}"
     about = dict(seed=seed, commit=sac.commit(), machine=f"{os.cpu_count()} cores, 1 torch thread, {versions}")
     about["command"] = shlex.join(["python", "-m", "benchmark.sb3", *sys.argv[1:]])
-    rows, start = [], time.time()
+    rows, steps, start = [], evaluation_steps(args), time.time()
 
     class Evaluation(BaseCallback):
         def _on_step(self) -> bool:
-            if self.num_timesteps % args.eval_frequency == 0:
+            if self.num_timesteps in steps:
                 actor = self.model.policy.actor
                 policy = SimpleNamespace(sample=lambda obs, deterministic: actor(obs, deterministic=deterministic))
                 returns, _ = sac.evaluate(policy, eval_envs, True, torch.device("cpu"))
@@ -101,6 +107,15 @@ def run(args: Args, library: str, seed: int) -> list[dict]:
     return [{"library": library} | row for row in rows]
 
 
+def wanted(args: Args, rows: list[dict]) -> list[dict]:
+    """The rows of the runs with the evaluations that `args` asks for, without those of shorter and longer runs."""
+    runs = {}
+    for row in rows:
+        runs.setdefault((row["library"], row["seed"], row["command"]), []).append(row)
+    steps = evaluation_steps(args)
+    return [row for own in runs.values() if {int(row["step"]) for row in own} == steps for row in own]
+
+
 def report(rows: list[dict], seeds: tuple[int, ...]) -> None:
     """Print the table, and the interval of the difference of the means."""
     scores = {}
@@ -116,20 +131,32 @@ def report(rows: list[dict], seeds: tuple[int, ...]) -> None:
     print(f"difference {ours.mean() - theirs.mean():.1f}, 95% interval {interval.low:.1f} to {interval.high:.1f}")
 
 
-def main(args: Args) -> None:
+def main(args: Args) -> int:
+    """Exit code: 0, or 1 if a run failed."""
     path = args.csv or Path("runs") / f"sb3_{args.env_id}.csv"
     rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-    finished = {(row["library"], int(row["seed"])) for row in rows if int(row["step"]) == args.total_timesteps}
-    wanted = [(library, seed) for seed in args.seeds for library in LIBRARIES if (library, seed) not in finished]
+    finished = {(row["library"], int(row["seed"])) for row in wanted(args, rows)}
+    jobs, failed = [(library, seed) for seed in args.seeds for library in LIBRARIES], []
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(run, args, *job): job for job in wanted}
-        for future in as_completed(futures):
-            rows += future.result()
-            print(f"{futures[future]}: last evaluation {rows[-1]['return']}", flush=True)
+        futures = {pool.submit(run, args, *job): job for job in jobs if job not in finished}
+        for (library, seed), future, progress in as_done(futures):
+            try:
+                new = future.result()
+                print(f"{progress}: {library}, seed {seed}: last evaluation {new[-1]['return']}", flush=True)
+            except Exception as e:  # whatever ended this run; the others go on, and the exit code says so
+                failed.append(f"{library}, seed {seed}")
+                print(f"{progress}: {failed[-1]} failed: {e}", file=sys.stderr, flush=True)
+                continue
+            rows += new
             write_csv(path, rows)
-    report(rows, args.seeds)
+    both = tuple(seed for seed in args.seeds if not any(f"{library}, seed {seed}" in failed for library in LIBRARIES))
+    if both:
+        report(wanted(args, rows), both)
+    if failed:
+        print(f"failed: {'; '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    sys.exit(main(tyro.cli(Args)))

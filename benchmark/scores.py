@@ -1,7 +1,8 @@
 """Runs read from folders and CSVs, the references' curves, and intervals by rliable: what benchmark.report prints.
 
 What a run is, is read off its command: the algorithm is the script's first word, the task is --env-id, and the other
-flags make a variant of the algorithm, apart from PLAIN, which change no algorithm, and those that all runs share.
+flags make a variant of the algorithm, apart from PLAIN, which change no algorithm, and those that all runs share. The
+references are for runs without such flags, shared or not, but for the ablations'.
 """
 
 import csv
@@ -22,10 +23,11 @@ from benchmark.grids import UserError, run_folders
 COLUMNS = ["step", "return", "SPS", "seed", "commit", "machine", "command"]
 NAMES = {"meow": "MEow", "sac": "SAC", "sql": "SQL", "s2ac": "S2AC"}
 PLAIN = "env-id seed num-seeds exp-name total-timesteps device track wandb-project-name wandb-entity capture-video"
-PLAIN = {*PLAIN.split(), "eval-frequency", "eval-episodes", "compile", "torch-deterministic", "resume"}
+PLAIN = {*PLAIN.split(), "eval-frequency", "eval-episodes", "compile", "torch-deterministic", "resume", "debug"}
+PLAIN |= {"total-steps", "async-envs", "checkpoint-frequency", "checkpoint-minutes"}
 PAPER = "MEow paper figure 3 (digitised)"
 ABLATION = "MEow paper figure 6 ablation (digitised)"
-ABLATIONS = {"no-reward-shift": "MEow vanilla", "no-clipped-double-q": "MEow LRS only"}
+ABLATIONS = {frozenset({"no-reward-shift"}): "MEow vanilla", frozenset({"no-clipped-double-q"}): "MEow LRS only"}
 TEN_SEEDS = "SimbaV2 repository, results/baseline"
 LAST = 5  # evaluations behind a final score
 
@@ -128,9 +130,9 @@ def references() -> dict[tuple[str, str, str], dict[int, float]]:
 
 
 def references_of(run: Run, curves: dict) -> dict[str, dict[int, float]]:
-    """Source -> its curve for the run's algorithm, variant and task; a v5 id is compared with v4."""
-    keys = {PAPER: run.method, ABLATION: ABLATIONS.get(run.variant) if run.algorithm == "MEow" else None}
-    keys |= {TEN_SEEDS: run.method}
+    """Source -> its curve for the run's algorithm, flags and task; a v5 id is compared with v4."""
+    full = None if run.flags else run.algorithm
+    keys = {PAPER: full, ABLATION: ABLATIONS.get(run.flags) if run.algorithm == "MEow" else None, TEN_SEEDS: full}
     env_id = run.env_id.removesuffix("-v5") + "-v4" if run.env_id.endswith("-v5") else run.env_id
     return {source: curves[source, name, env_id] for source, name in keys.items() if (source, name, env_id) in curves}
 

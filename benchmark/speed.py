@@ -288,6 +288,13 @@ def median(rows: list[dict], part: str, **chosen) -> float:
     return statistics.median(float(r[part]) for r in rows if all(str(r[k]) == str(v) for k, v in chosen.items()))
 
 
+def name_of(key: dict) -> str:
+    """The implementation, with its batch, environments and seeds where they are not the usual ones."""
+    usual = dict(batch_size=("batch", "256"), num_envs=("envs", "1"), num_seeds=("seeds", "1"))
+    more = (f", {label} {key[k]}" for k, (label, value) in usual.items() if str(key[k]) != value)
+    return key["implementation"] + "".join(more)
+
+
 def table(rows: list[dict]) -> str:
     """Median (range) of each part, and the ratio of the loop's steps a second to MEow's of the same group and mode."""
     text = ["| task | threads | implementation | mode | update, ms | act, ms | loop, steps/s | MEow is faster by |"]
@@ -305,17 +312,14 @@ def table(rows: list[dict]) -> str:
             cells.append(f"{best / median(rows, 'loop_sps', **chosen):.2f}")
         except statistics.StatisticsError:  # MEow, compiled, is not among them
             cells.append("")
-        name = chosen["implementation"]
-        more = [f"{label} {chosen[k]}" for k, label in zip(keys[4:], ("batch", "envs", "seeds"), strict=True)]
-        name += "".join(
-            f", {m}" for m, usual in zip(more, ("batch 256", "envs 1", "seeds 1"), strict=True) if m != usual
-        )
-        text.append(f"| {chosen['env_id']} | {chosen['threads']} | {name} | {chosen['mode']} | {' | '.join(cells)} |")
+        about = f"{chosen['env_id']} | {chosen['threads']} | {name_of(chosen)} | {chosen['mode']}"
+        text.append(f"| {about} | {' | '.join(cells)} |")
     return "\n".join(text)
 
 
 def chart(rows: list[dict], path: Path) -> None:
-    """Bars of the loop's steps a second, a panel for each task, with the range of the turns."""
+    """Bars of the loop's steps a second, one for each line of the table, a panel for each task, with the range of the
+    turns."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -325,16 +329,19 @@ def chart(rows: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(1, len(env_ids), figsize=(3.4 * len(env_ids), 4), squeeze=False)
     for axis, env_id in zip(axes[0], env_ids, strict=True):
         here = [row for row in rows if row["env_id"] == env_id]
+        bars = list(dict.fromkeys(f"{name_of(row)}, {row['mode']}" for row in here))
         for i, threads in enumerate(dict.fromkeys(str(row["threads"]) for row in here)):
-            bars = list(dict.fromkeys((r["implementation"], r["mode"]) for r in here if str(r["threads"]) == threads))
-            for k, (name, mode) in enumerate(bars):
-                chosen = dict(implementation=name, mode=mode, threads=threads, num_seeds=1)
-                values = [float(r["loop_sps"]) for r in here if all(str(r[a]) == str(b) for a, b in chosen.items())]
+            sps = {}  # bar -> the turns' values
+            for row in here:
+                if str(row["threads"]) == threads:
+                    sps.setdefault(f"{name_of(row)}, {row['mode']}", []).append(float(row["loop_sps"]))
+            for n, (bar, values) in enumerate(sps.items()):
                 middle = statistics.median(values)
                 error = [[middle - min(values)], [max(values) - middle]]
                 label = f"{threads} threads" if threads != "1" else "1 thread"
-                axis.barh(k + 0.4 * i, middle, 0.38, xerr=error, color=f"C{i}", label=label if k == 0 else None)
-            axis.set_yticks([k + 0.2 for k in range(len(bars))], [f"{name}, {mode}" for name, mode in bars], fontsize=7)
+                at = bars.index(bar) + 0.4 * i
+                axis.barh(at, middle, 0.38, xerr=error, color=f"C{i}", label=label if n == 0 else None)
+        axis.set_yticks([k + 0.2 for k in range(len(bars))], bars, fontsize=7)
         axis.invert_yaxis()
         axis.set(title=env_id, xlabel="environment steps / s")
     axes[0][0].legend(fontsize=7)

@@ -7,15 +7,17 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import scipy.stats
 import torch
 
 import meow_continuous_action as meow
-from benchmark import acting, densities, entropy, estimation, export, sb3, soak, truth, write_csv
+from benchmark import acting, densities, entropy, estimation, export, sb3, soak, speed, truth, write_csv
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ["step", "return", "SPS", "seed", "commit", "machine", "command"]
@@ -287,6 +289,45 @@ def test_sb3_report(capsys):
     assert f"difference -1.0, 95% interval {-1 - half:.1f} to {-1 + half:.1f}" in printed
 
 
+@pytest.fixture
+def sb3_runs(monkeypatch) -> list:
+    """In place of the runs of the comparison with Stable-Baselines3, which take minutes: what they would return."""
+    started = []
+
+    def run(args: sb3.Args, library: str, seed: int) -> list[dict]:
+        started.append((library, seed))
+        if seed == 2 and library == sb3.LIBRARIES[1]:
+            raise RuntimeError("no memory")
+        steps = [*range(args.eval_frequency, args.total_timesteps, args.eval_frequency), args.total_timesteps]
+        command = f"run {len(started)} --total-timesteps {args.total_timesteps}"
+        about = dict(library=library, SPS=50.0, seed=seed, command=command)
+        return [{"step": step, "return": step / 100 + seed} | about for step in steps]
+
+    monkeypatch.setattr(sb3, "run", run)
+    monkeypatch.setattr(sb3, "ProcessPoolExecutor", lambda jobs, context: ThreadPoolExecutor(1))
+    return started
+
+
+def test_sb3_command_reports_what_fails(tmp_path, sb3_runs, capsys):
+    """The others are kept and compared, and only what failed is run again; exit code 1."""
+    args = sb3.Args(total_timesteps=10_000, seeds=(1, 2, 3), csv=tmp_path / "sb3.csv")
+    assert sb3.main(args) == 1 and len(sb3_runs) == 6
+    out, err = capsys.readouterr()
+    assert "Stable-Baselines3, seed 2 failed: no memory" in err and "failed: Stable-Baselines3, seed 2\n" in err
+    assert out.count("over 2 seeds") == 2 and len(list(csv.DictReader(args.csv.open()))) == 10
+    assert sb3.main(args) == 1 and sb3_runs[6:] == [(sb3.LIBRARIES[1], 2)]
+    assert sb3.main(dataclasses.replace(args, seeds=(1, 3))) == 0 and len(sb3_runs) == 7
+
+
+def test_sb3_command_compares_runs_of_the_wanted_length(tmp_path, sb3_runs, capsys):
+    """Shorter and longer runs in the same CSV answer nothing and count for nothing."""
+    args = sb3.Args(seeds=(1, 3), eval_frequency=1_000, csv=tmp_path / "sb3.csv")
+    for total, mean in 2 * ((10_000, "82.0"), (5_500, "41.0"), (20_000, "182.0")):
+        assert sb3.main(dataclasses.replace(args, total_timesteps=total)) == 0
+        assert capsys.readouterr().out.count(f"{mean} +- 1.4 over 2 seeds") == 2
+    assert len(sb3_runs) == 12
+
+
 def test_estimation_command(tmp_path, monkeypatch):
     """On an untrained agent: MEow's own policy has no error, SQL's bias is negative and shrinks, SAC's is negative."""
     monkeypatch.chdir(tmp_path)
@@ -366,6 +407,21 @@ def test_soak(tmp_path):
     for fault in (dict(rss_mb=510.0), dict(open_files=21), dict(checkpoint_s=0.2)):
         assert not soak.verdict([*good, good[-1] | fault], 200)[1]
     assert soak.verdict([good[0] | dict(rss_mb=400.0, open_files=19), *good], 200)[1]  # before it has settled
+
+
+def test_speed_chart(tmp_path):
+    """A bar for each line of the table, also where only batch, environments or seeds differ, of that line's turns."""
+    plain = dict(env_id="T", threads=1, implementation="MEow", mode="compiled", batch_size=256, num_envs=1, num_seeds=1)
+    changes = [dict(batch_size=4096), dict(num_envs=4), dict(num_seeds=5), dict(threads=2, num_seeds=5)]
+    rows = [plain | x | dict(loop_sps=100 * k + n) for n in range(3) for k, x in enumerate(changes)]
+    speed.chart(rows, tmp_path / "chart.png")
+    axis = plt.gcf().axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == [
+        f"MEow, {change}, compiled" for change in ("batch 4096", "envs 4", "seeds 5")
+    ]
+    bars = {round(bar.get_y() + bar.get_height() / 2, 1): bar.get_width() for bar in axis.patches}
+    assert bars == {0.0: 1, 1.0: 101, 2.0: 201, 2.4: 301} and (tmp_path / "chart.png").stat().st_size > 10_000
+    plt.close()
 
 
 def test_committed_soak_backs_the_pages():

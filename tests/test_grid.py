@@ -182,6 +182,8 @@ def test_one_grid_a_folder(tmp_path):
     [
         (dict(), "nothing to run"),
         (dict(scripts=(FAKE,)), "needs --preset, or --scripts and --env-ids"),
+        (dict(resume=True, flags="--tau 1"), "--flags and --num-seeds are for cells of --preset or --scripts"),
+        (dict(resume=True, num_seeds=2), "cells that are in the grid keep theirs"),
         (dict(scripts=("nothing",), env_ids=("A-v0",)), "nothing: no such script"),
         (dict(preset="smoke", seeds=(1, 3), num_seeds=2), "consecutive seeds, not [1, 3]"),
         (dict(preset="smoke", rate=("meow",)), "meow=120"),
@@ -204,6 +206,17 @@ def test_mistakes(tmp_path, flags, message):
     with pytest.raises(run.UserError) as e:
         run.main(run.Args(tmp_path, dry_run=True, **flags))
     assert message in str(e.value)
+
+
+def test_scripts_of_one_file_name(tmp_path):
+    """Two in different folders would be one cell, of which only the first would run."""
+    scripts = [str(tmp_path / folder / "my_script.py") for folder in ("a", "b")]
+    for script in scripts:
+        Path(script).parent.mkdir()
+        Path(script).touch()
+    with pytest.raises(run.UserError, match=f"would be of {scripts[0]} and of {scripts[1]}; expected one script"):
+        grids.grid(run.Args(tmp_path, scripts=tuple(scripts), env_ids=("A-v0",)))
+    assert len(grids.grid(run.Args(tmp_path, scripts=(scripts[0], scripts[0]), env_ids=("A-v0",)))) == 1
 
 
 def test_presets_and_their_cost(capsys):

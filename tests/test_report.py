@@ -13,9 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 from playwright.sync_api import sync_playwright
+from rliable import metrics
+from torch.utils.tensorboard import SummaryWriter
 
-from benchmark import report, run, scores
+import meow_continuous_action as meow
+import meow_isaacgym
+from benchmark import export, report, run, scores
 
 ROOT = Path(__file__).resolve().parent.parent
 FAKE = str(ROOT / "tests" / "fake_script.py")
@@ -154,6 +159,22 @@ def test_aggregates(curves, tmp_path, capsys):
     assert improvement == [{"of": "P(MEow > SAC)", "estimate": "1.000", "95% interval": "1.000 to 1.000"}]
 
 
+@pytest.mark.parametrize("n, m, tasks", [(2, 2, 1), (5, 4, 3), (3, 10, 2)])
+def test_own_estimators_are_rliables(n, m, tasks):
+    """To the last bit, also of equal scores, and so are their intervals by the same resamples."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(n, tasks)).round(1), rng.normal(0.3, size=(m, tasks)).round(1)
+    for data, own, theirs in (
+        (x, lambda x: report.iqm(x.ravel()), metrics.aggregate_iqm),
+        ([x, y], report.improvement, metrics.probability_of_improvement),
+        ([x, x], report.improvement, metrics.probability_of_improvement),
+    ):
+        found, expected = (scores.interval(data, lambda *x: np.array([f(*x)]), 50) for f in (own, theirs))  # noqa: B023
+        assert found[0] == expected[0] and (found[1] == expected[1]).all()
+    curves = rng.normal(size=(n * tasks, 7))
+    assert (report.iqm(curves) == scipy.stats.trim_mean(curves, 0.25)).all()
+
+
 def test_interval_is_that_of_all_resamples():
     """Of four seeds all 256 resamples can be listed; two tasks are resampled apart."""
     rng = np.random.default_rng(0)
@@ -187,15 +208,41 @@ def test_coverage_that_the_page_states():
             ("SAC", "A-v0", {"no-autotune", "alpha .1"}),
         ),
         ("meow_continuous_action.py --no-capture-video --coupling affine", ("MEow", "Hopper-v4", {"coupling affine"})),
+        (
+            "meow_isaacgym.py --total-steps=9 --checkpoint-minutes 1 --checkpoint-frequency=5 --debug --env-id Ant",
+            ("MEow", "Ant", set()),
+        ),
     ],
 )
 def test_what_a_command_says(command, expected):
     assert scores.describe(command) == expected
 
 
+def test_what_changes_no_run_makes_no_variant():
+    """Whatever --resume may change; and each is a flag of a script."""
+    plain = {name.replace("-", "_") for name in scores.PLAIN}
+    assert meow.MAY_CHANGE | meow_isaacgym.MAY_CHANGE <= plain
+    assert plain <= {field.name for module in (meow, meow_isaacgym) for field in dataclasses.fields(module.Args)}
+
+
+def test_references_are_of_the_same_flags(tmp_path, capsys):
+    """Of runs that all are an ablation too, whose flag is then not in their name; of other flags there are none."""
+    for flag, expected in (("no-reward-shift", {scores.ABLATION}), ("tau 0.01", set()), ("debug", {scores.PAPER})):
+        rows = rows_of(f"meow_continuous_action.py --env-id Hopper-v4 --{flag}", 1, 60_000, 10)
+        ((one,), shared, _) = scores.load((path := write(tmp_path / "one.csv", rows),))
+        assert one.method == "MEow" and shared == [flag] * (flag != "debug")
+        assert set(scores.references_of(one, scores.references())) - {scores.TEN_SEEDS} == expected
+    rows = rows_of("meow_continuous_action.py --no-clipped-double-q", 1, 60_000, 10)
+    report.main(report.Args((write(path, rows),), tmp_path / "out"))
+    comparison, final, aggregate = tables(capsys.readouterr().out)[:3]
+    assert {row["reference"] for row in comparison} == {scores.ABLATION} and aggregate[0]["tasks"] == "1"
+    (figure_6,) = (c for k, c in scores.references().items() if k == (scores.ABLATION, "MEow LRS only", "Hopper-v4"))
+    assert final[0]["paper's end"] == f"{figure_6[max(figure_6)]:.0f} ({max(figure_6)})"
+
+
 def test_grid_folder(tmp_path):
     """Runs of the manifest count, what was set aside does not; flags that all share make no variant; a shorter copy of
-    a run is left out and named."""
+    a run and one that has no evaluation yet are left out and named."""
     cells = {}
     for seed, total in ((1, 50), (2, 100)):
         cell = dict(name=f"c{seed}", script=FAKE, env_id="Hopper-v4", variant="", seeds=[seed], state="done")
@@ -216,6 +263,26 @@ def test_grid_folder(tmp_path):
     assert runs[1].returns[100] == 10.0 and runs[0].rows[0]["command"].startswith("fake_script.py --env-id Hopper-v4")
     run.save(tmp_path, {name: cell | dict(state="running", runs=[]) for name, cell in cells.items()})  # still at it
     assert [max(r.returns) for r in scores.load((tmp_path,))[0]] == [50, 100]
+    (folder,) = run.run_folders(tmp_path / "c1")
+    for name in ("without-log", "SPS-only"):
+        (young := tmp_path / name / "runs" / "young").mkdir(parents=True)
+        shutil.copy(folder / "args.json", young)
+        cells[name] = cells["c1"] | dict(name=name, state="running", runs=[])
+    with SummaryWriter(young) as writer:
+        writer.add_scalar("charts/SPS", 50.0, 10)
+    run.save(tmp_path, cells)
+    runs, _, left_out = scores.load((tmp_path,))
+    assert [max(r.returns) for r in runs] == [50, 100] and len(left_out) == 2
+    for name, line in zip(("without-log", "SPS-only"), left_out, strict=True):
+        assert line == f"{tmp_path / name / 'runs' / 'young'} (no evaluation yet)"
+    with pytest.raises(scores.UserError, match="no run has an evaluation yet"):
+        export.main(export.Args([young], tmp_path / "young.csv"))
+    with pytest.raises(scores.UserError, match="c1 is not the folder of a run: it has no args.json"):
+        export.main(export.Args([tmp_path / "c1"], tmp_path / "young.csv"))
+    (young / "args.json").write_text((folder / "args.json").read_text().replace("Hopper-v4", "Ant-v4"))
+    with pytest.raises(scores.UserError, match="on Hopper-v4, Ant-v4; expected one task"):
+        export.main(export.Args([folder, young], tmp_path / "young.csv"))
+    run.save(tmp_path, {name: cells[name] for name in ("c1", "c2")})
     shorter = write(tmp_path / "s.csv", [row for row in runs[1].rows if int(row["step"]) <= 30])
     runs, _, left_out = scores.load((shorter, tmp_path))
     assert [max(r.returns) for r in runs] == [50, 100] and len(left_out) == 1 and "s.csv" in left_out[0].split("(")[0]
