@@ -347,8 +347,8 @@ class ReplayBuffer:
         obs, actions, rewards, next_obs, terminations = rows.split(self.widths, -1)
         return Batch(obs, actions, rewards.squeeze(-1), next_obs, terminations.squeeze(-1))
 
-    def sample(self, batch_size: int, rng: torch.Generator) -> Batch:
-        """Transitions drawn uniformly with replacement."""
+    def sample(self, batch_size: int, rng: torch.Generator | None) -> Batch:
+        """Transitions drawn uniformly with replacement, by torch's own generator if rng is None."""
         index = torch.randint(self.size, (batch_size,), generator=rng, device=self.rows.device)
         return self.fields(self.rows.index_select(0, index))
 
@@ -1181,8 +1181,8 @@ def run_seed(
             for name, value in zip(LOSSES, check_losses().mean(0).tolist(), strict=True):
                 writer.add_scalar(f"losses/{name}", value, global_step)
             stats.clear()
-            torch.manual_seed(global_step)  # of what statistics samples; training draws from rng
-            for name, value in agent.statistics(buffer.sample(args.batch_size, rng).obs).items():
+            torch.manual_seed(global_step)  # of the states and of what statistics samples; training draws from rng
+            for name, value in agent.statistics(buffer.sample(args.batch_size, None).obs).items():
                 writer.add_scalar(f"policy/{name}", value.item(), global_step)
             sps = global_step / (time.time() - start_time)
             writer.add_scalar("charts/SPS", sps, global_step)
