@@ -188,13 +188,15 @@ def table(rows: list[dict], episodes: int) -> str:
 
 
 def draw(args: Args, rows: list[dict]) -> None:
-    """The page: a row of panels for each map and temperature, a column for the optimum and each algorithm."""
+    """The page: a row of panels for each map and temperature asked for, a column for the optimum and each algorithm."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    cells = cells_of(rows)
+    cells = cells_of([r for r in rows if r["env_id"] in args.env_ids and r["algorithm"] in args.algorithms])
+    if not args.presets:
+        cells = {cell: algorithms for cell, algorithms in cells.items() if cell[1] in args.alphas}
     columns = ["optimum", *(a for a in args.algorithms if any(a in cell for cell in cells.values()))]
     size = dict(figsize=(1.7 * len(columns), 1.75 * len(cells) + 0.3), squeeze=False, layout="constrained")
     figure, axes = plt.subplots(len(cells), len(columns), sharex=True, sharey=True, **size)

@@ -107,13 +107,36 @@ def test_committed_temperatures_back_the_pages(monkeypatch):
     lines = [line for line in truth.table(rows, 400).splitlines() if "| optimum |" not in line]
     assert len(lines) == 2 + len({(row["env_id"], row["alpha"], row["algorithm"]) for row in rows})
     assert not [line for line in lines if line not in page]
-    four = {(row["algorithm"], float(row["alpha"])): row for row in rows if "Asymmetric" not in row["env_id"]}
+    first = [row for row in rows if row["seed"] == "1"]
+    assert len(first) == 2 * 4 * 7
+    four = {(row["algorithm"], float(row["alpha"])): row for row in first if "Asymmetric" not in row["env_id"]}
     for key in ("rmse", "kl"):
-        error = {cell: float(row[key]) for cell, row in four.items() if row["seed"] == "1"}
+        error = {cell: float(row[key]) for cell, row in four.items()}
         assert all(min(error, key=lambda c: error[c] + 1e9 * (c[1] != a))[0] == "meow" for a in (2.5, 10.0, 20.0))
         spans = [[error[name, a] for a in (2.5, 10.0, 20.0)] for name in ("meow", "sac")]
         ours, sac_s = (f"{min(x):.{1 + (key == 'kl')}f} to {max(x):.{1 + (key == 'kl')}f}" for x in spans)
         assert f"{ours}, SAC {sac_s})" in page
+    three = {(row["algorithm"], float(row["alpha"])): row for row in first if "Asymmetric" in row["env_id"]}
+    least = []  # KL of MEow and of the next best in each cell but those of alpha 1
+    for cell in (four, three):
+        for a in (2.5, 10.0, 20.0):
+            (kl, best), (next_kl, _), *_ = sorted((float(row["kl"]), k[0]) for k, row in cell.items() if k[1] == a)
+            assert best == "meow"
+            least.append((kl, next_kl))
+    ours, others = zip(*least, strict=True)
+    assert f"KL {min(ours):.2f} to {max(ours):.2f}, the next best of each" in page
+    assert f"cell {min(others):.2f} to {max(others):.2f}." in page
+    text = f"MEow with its mixture {min(ours):.2f} to {max(ours):.2f}, the next best of SAC, SQL, S²AC and the flow in"
+    text += f" each cell {min(others):.2f} to {max(others):.2f}; at α 1 SAC or S²AC is closest"
+    assert text in (ROOT / "README.md").read_text()
+    for cell in (four, three):
+        assert min((float(row["kl"]), k[0]) for k, row in cell.items() if k[1] == 1)[1] in ("sac", "s2ac-phi-theta-psi")
+    offs = {}
+    for row in first:
+        offs.setdefault(row["algorithm"], []).append(abs(float(row["v_origin"]) - float(row["optimum_origin"])))
+    text = (f"{min(x):.1f} to {max(x):.1f}" for x in (offs["s2ac-phi-theta"], offs["sac"]))
+    assert "off by {}, SAC by {})".format(*text) in page
+    assert sum(x < y for x, y in zip(offs["s2ac-phi-theta"], offs["sac"], strict=True)) == 7
 
 
 def test_goal_map_command(tmp_path, capsys):

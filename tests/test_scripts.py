@@ -190,10 +190,10 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path, script):
 
 
 def test_sac_learns_pendulum(tmp_path, monkeypatch):
-    """-200 within 10,000 steps; about -1,200 is a policy that has learned nothing."""
+    """-200 within 4,000 steps; about -1,200 is a policy that has learned nothing."""
     monkeypatch.chdir(tmp_path)
-    flags = dict(total_timesteps=5_000, learning_starts=500, eval_frequency=1_000, buffer_size=5_000, device="cpu")
-    flags |= dict(batch_size=64, eval_episodes=5)
+    flags = dict(total_timesteps=4_000, learning_starts=500, eval_frequency=1_000, buffer_size=4_000, device="cpu")
+    flags |= dict(batch_size=256, eval_episodes=5)
     (folder,) = sac.train(sac.Args(env_id="Pendulum-v1", **flags))
     assert max(value for _, value in scalars(folder)["eval/episodic_return"]) > -200
 
