@@ -105,48 +105,60 @@ def test_committed_temperatures_back_the_pages(monkeypatch):
     monkeypatch.setattr(truth, "optimum", lambda *args: (best, None))
     page = (ROOT / "docs" / "results.md").read_text()
     lines = [line for line in truth.table(rows, 400).splitlines() if "| optimum |" not in line]
-    assert len(lines) == 2 + len({(row["env_id"], row["alpha"], row["algorithm"]) for row in rows})
+    assert len(lines) == 2 + 2 * 4 * 7 and len(rows) == 3 * 2 * 4 * 7
     assert not [line for line in lines if line not in page]
-    first = [row for row in rows if row["seed"] == "1"]
-    assert len(first) == 2 * 4 * 7
-    four = {(row["algorithm"], float(row["alpha"])): row for row in first if "Asymmetric" not in row["env_id"]}
-    for key in ("rmse", "kl"):
-        error = {cell: float(row[key]) for cell, row in four.items()}
-        assert all(min(error, key=lambda c: error[c] + 1e9 * (c[1] != a))[0] == "meow" for a in (2.5, 10.0, 20.0))
-        spans = [[error[name, a] for a in (2.5, 10.0, 20.0)] for name in ("meow", "sac")]
-        ours, sac_s = (f"{min(x):.{1 + (key == 'kl')}f} to {max(x):.{1 + (key == 'kl')}f}" for x in spans)
-        assert f"{ours}, SAC {sac_s})" in page
-    three = {(row["algorithm"], float(row["alpha"])): row for row in first if "Asymmetric" in row["env_id"]}
-    least = []  # KL of MEow and of the next best in each cell but those of alpha 1
-    for cell in (four, three):
-        for a in (2.5, 10.0, 20.0):
-            (kl, best), (next_kl, _), *_ = sorted((float(row["kl"]), k[0]) for k, row in cell.items() if k[1] == a)
-            assert best == "meow"
-            least.append((kl, next_kl))
+    cells, warm = truth.cells_of(rows), (2.5, 10.0, 20.0)
+    four, three = ({a: runs for (name, a), runs in cells.items() if name == env_id} for env_id in truth.multigoal.MAPS)
+
+    def column(cell, key):  # algorithm -> a value a seed
+        return {name: np.array([float(row[key]) for row in runs]) for name, runs in cell.items()}
+
+    least = []  # KL of MEow and of the next best, means over the seeds, in each cell but those of alpha 1
+    for cell in [*(four[a] for a in warm), *(three[a] for a in warm)]:
+        kl = column(cell, "kl")
+        ours = kl.pop("meow")
+        assert all(ours.max() < other.min() for other in kl.values())  # every seed before every seed
+        least.append((ours.mean(), min(other.mean() for other in kl.values())))
     ours, others = zip(*least, strict=True)
     assert f"KL {min(ours):.2f} to {max(ours):.2f}, the next best of each" in page
     assert f"cell {min(others):.2f} to {max(others):.2f}." in page
     text = f"MEow with its mixture {min(ours):.2f} to {max(ours):.2f}, the next best of SAC, SQL, S²AC and the flow in"
     text += f" each cell {min(others):.2f} to {max(others):.2f}; at α 1 SAC or S²AC is closest"
     assert text in (ROOT / "README.md").read_text()
-    for cell in (four, three):
-        assert min((float(row["kl"]), k[0]) for k, row in cell.items() if k[1] == 1)[1] in ("sac", "s2ac-phi-theta-psi")
-    offs = {}
-    for row in first:
-        offs.setdefault(row["algorithm"], []).append(abs(float(row["v_origin"]) - float(row["optimum_origin"])))
-    text = (f"{min(x):.1f} to {max(x):.1f}" for x in (offs["s2ac-phi-theta"], offs["sac"]))
+    for key, digits in (("rmse", 1), ("kl", 2)):
+        means = [{name: x.mean() for name, x in column(four[a], key).items()} for a in warm]
+        assert all(min(of, key=of.get) == "meow" for of in means)
+        ours, sac_s = ([of[name] for of in means] for name in ("meow", "sac"))
+        ours, sac_s = (f"{min(x):.{digits}f} to {max(x):.{digits}f}" for x in (ours, sac_s))
+        assert f"{ours}, SAC {sac_s})" in page
+    assert all(min((x.mean(), n) for n, x in column(three[a], "rmse").items())[1] == "meow" for a in warm)
+    cold = [min((x.mean(), n) for n, x in column(cell[1.0], "kl").items())[1] for cell in (four, three)]
+    assert cold == ["s2ac-phi-theta", "sac"]
+    offs = {name: [] for name in ("s2ac-phi-theta", "sac")}  # of V at the origin, a mean a cell
+    for cell in cells.values():
+        v, best = column(cell, "v_origin"), column(cell, "optimum_origin")
+        for name, off in offs.items():
+            off.append(np.abs(v[name] - best[name]).mean())
+    text = (f"{min(x):.1f} to {max(x):.1f}" for x in offs.values())
     assert "off by {}, SAC by {})".format(*text) in page
-    assert sum(x < y for x, y in zip(offs["s2ac-phi-theta"], offs["sac"], strict=True)) == 7
+    assert sum(x < y for x, y in zip(*offs.values(), strict=True)) == 8
+    hot = {
+        name: sorted(float(row["kl"]) for row in rows if row["algorithm"] == name and float(row["alpha"]) >= 10)
+        for name in offs
+    }
+    theirs, sac_s = hot["s2ac-phi-theta"], hot["sac"]
+    text = f"(KL {theirs[0]:.2f}\n  to {theirs[-3]:.2f}, SAC {sac_s[0]:.2f} to {sac_s[-1]:.2f}, of single runs)"
+    assert f"{text} but for seed 3 at α 20 ({theirs[-1]:.2f} and {theirs[-2]:.2f})" in page
 
 
 def test_goal_map_command(tmp_path, capsys):
     """Trains and measures what is not in the CSV yet, prints and draws; a second call only draws the same."""
     short = dict(alphas=(1.0,), seeds=(1,), total_timesteps=1040, episodes=5, jobs=2, folder=tmp_path / "runs")
     env_ids = truth.multigoal.MAPS[1:]
-    args = truth.Args(("sac",), env_ids, csv=tmp_path / "truth.csv", png=tmp_path / "truth.png", **short)
+    args = truth.Args(("meow-flow",), env_ids, csv=tmp_path / "truth.csv", png=tmp_path / "truth.png", **short)
     assert truth.main(args) == 0
     table = capsys.readouterr().out
-    assert all(f"| MultiGoalAsymmetric-v0 | 1 | {row} |" in table for row in ("sac | 1", "optimum | "))
+    assert all(f"| MultiGoalAsymmetric-v0 | 1 | {row} |" in table for row in ("meow-flow | 1", "optimum | "))
     assert (tmp_path / "truth.png").stat().st_size > 20_000
     written = (tmp_path / "truth.csv").read_text()
     for row in csv.DictReader(written.splitlines()):
