@@ -6,5 +6,5 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_xdist_auto_num_workers(config) -> int:
-    """Two test processes more than there are cores: a third of the time they wait, for what they started."""
-    return (os.cpu_count() or 1) + 2
+    """A test process more than there are cores: a quarter of the time they wait for processes that they started."""
+    return (os.cpu_count() or 1) + 1
