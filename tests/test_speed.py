@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import meow_continuous_action as meow
+import s2ac_continuous_action as s2ac
 import sac_continuous_action as sac
 import sql_continuous_action as sql
 from benchmark import speed
@@ -193,23 +194,29 @@ def test_long_runs_compile_and_short_ones_do_not(monkeypatch, capsys):
     assert not meow.choose_compile(meow.parse_args(["--env-id", "Hopper-v4", "--compile", "off"]))
 
 
+RECORDED = [*((m, {}) for m in MODULES), MIXTURE, (meow, dict(num_seeds=2)), (s2ac, dict(variant="phi-theta-psi"))]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("module", MODULES, ids=NAMES)
-def test_recorded_update_on_a_gpu(module, monkeypatch):
+@pytest.mark.parametrize("module, flags", RECORDED, ids=[*NAMES, "mixture", "two seeds", "s2ac"])
+def test_recorded_update_on_a_gpu(module, flags, monkeypatch):
     """With CUDA graphs: as eager on the same inputs, and other results from other noise with the same batch."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)  # as the scripts do: not every operation is allowed then
     states = {}
     for compile in ("on", "off"):
-        args = module.Args(batch_size=32, compile=compile, device="cuda")
-        torch.manual_seed(0)
-        agent = module.Agent(6, 2, args).cuda()
-        update, _ = module.make_update([agent], args)
+        args = module.Args(batch_size=32, compile=compile, device="cuda", **flags)
+        agents = [torch.manual_seed(seed) and module.Agent(6, 2, args).cuda() for seed in range(1, args.num_seeds + 1)]
+        update, _ = module.make_update(agents, args)
         rng = torch.Generator("cuda").manual_seed(0)
-        batch = [x.float().cuda()[None] for x in random_batch(32, 6, 2)]
-        rows = [update(*batch, *(x[None] for x in module.draw_noise(2, args, rng)), n=k) for k in range(30)]
+        torch.manual_seed(0)
+        batch = [x.float().cuda().expand(len(agents), *x.shape) for x in random_batch(32, 6, 2)]
+        rows = []
+        for k in range(30):
+            noise = zip(*(module.draw_noise(2, args, rng) for _ in agents), strict=True)
+            rows.append(update(*batch, *(torch.stack(x) for x in noise), n=k))
         assert len({tuple(row.flatten().tolist()) for row in rows}) == 30
-        states[compile] = torch.nn.utils.parameters_to_vector(agent.parameters())
+        states[compile] = torch.cat([torch.nn.utils.parameters_to_vector(agent.parameters()) for agent in agents])
     torch.use_deterministic_algorithms(False)
     torch.testing.assert_close(states["on"], states["off"], rtol=1e-2, atol=1e-3)
 
