@@ -43,7 +43,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -439,17 +439,23 @@ def flatten_parameters(modules: list[nn.Module]) -> torch.Tensor:
 
     Gradient norm, Adam and Polyak averaging are then one operation each instead of one a parameter.
     """
-    flat = torch.stack([nn.utils.parameters_to_vector(m.parameters()).detach() for m in modules])
+    flat = torch.stack([flattened(m.parameters()).detach() for m in modules])
     for module, row in zip(modules, flat, strict=True):
-        nn.utils.vector_to_parameters(row, module.parameters())
+        for p, view in zip(module.parameters(), unflatten(row, module).values(), strict=True):
+            p.data = view
     return flat
+
+
+def flattened(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
+    """One vector (P,) of them all, each from a multiple of 16 bytes on, as CUDA's batched products need; 0 between."""
+    return torch.cat([part for x in tensors for part in (x.flatten(), x.new_zeros(-x.numel() % 4))])
 
 
 def unflatten(vector: torch.Tensor, module: nn.Module) -> dict[str, torch.Tensor]:
     """The parameters of `module` by name, as views of a row (P,) of flatten_parameters."""
-    sizes = [p.numel() for p in module.parameters()]
+    sizes = [p.numel() + -p.numel() % 4 for p in module.parameters()]
     parts = zip(module.named_parameters(), vector.split(sizes), strict=True)
-    return {name: part.view(p.shape) for (name, p), part in parts}
+    return {name: part[: p.numel()].view(p.shape) for (name, p), part in parts}
 
 
 def gradient_of(loss: Callable, params: dict[str, torch.Tensor], args: Args) -> tuple[torch.Tensor, tuple]:
@@ -459,12 +465,12 @@ def gradient_of(loss: Callable, params: dict[str, torch.Tensor], args: Args) -> 
     """
     if args.num_seeds > 1 or torch.compiler.is_compiling():
         grads, others = torch.func.grad(loss, has_aux=True)(params)
-        return torch.cat([grad.flatten() for grad in grads.values()]), others
+        return flattened(grads.values()), others
     params = {name: p.detach().requires_grad_() for name, p in params.items()}
     with torch.enable_grad():
         value, others = loss(params)
         grads = torch.autograd.grad(value, list(params.values()))
-    return torch.cat([grad.flatten() for grad in grads]), others
+    return flattened(grads), others
 
 
 def compiled(function: Callable, args: Args) -> Callable:

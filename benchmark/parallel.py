@@ -20,6 +20,7 @@ import os
 import platform
 import shlex
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Literal
@@ -102,6 +103,8 @@ def measure(args: Args, num_envs: int) -> list[dict]:
         update = make_learner(agent, setting)[0]
         update = script.captured(update) if device.type == "cuda" else update
         buffer = script.DeviceBuffer(2 * args.steps + 100, num_envs, sim.obs_dim, sim.action_dim, device)
+        with tempfile.TemporaryDirectory() as folder:  # the mapping outlives its file
+            buffer.open(Path(folder) / "buffer.bin")
         standardizer = script.Standardizer(sim.obs_dim).to(device)
         about = (sim, agent, standardizer, buffer, update, setting.batch_size)
         loop(*about, 50, wait, now)

@@ -23,6 +23,7 @@ import meow_continuous_action as meow
 import meow_isaacgym as script
 import sac_continuous_action as sac
 import two_ranks
+from benchmark import parallel
 from numerics import update_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +92,15 @@ def test_what_reaches_the_buffer(stand_ins, buffers, sim, env_id, algo):
     wanted = fake.expected(6, 60, deferred=sim == "isaacgymenvs", early=env_id == "AllegroHand")
     assert len(rows) == len(set(rows)) and set(rows) == wanted
     assert any(d for *_, d in rows) and any(t == fake.LIMIT and not d for _, _, t, d in rows)
+
+
+def test_rates_of_the_loop(stand_ins):
+    """benchmark.parallel: a row for each algorithm, whose parts are shares of the whole."""
+    args = parallel.Args(Path("unused.csv"), sim="isaaclab", env_id="Isaac-Fake-v0", device="cpu", steps=20)
+    rows = parallel.measure(args, 6)
+    assert [row["algo"] for row in rows] == ["meow", "sac"]
+    assert all(row["robot_steps_per_s"] == pytest.approx(6 * row["updates_per_s"], rel=0.02) for row in rows)
+    assert all(sum(row[f"{part}_share"] for part in parallel.PARTS) == pytest.approx(1, abs=0.01) for row in rows)
 
 
 @pytest.mark.parametrize("sim, env_id", SIMS)

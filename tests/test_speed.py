@@ -206,14 +206,14 @@ def test_recorded_update_on_a_gpu(module, flags, monkeypatch):
     states = {}
     for compile in ("on", "off"):
         args = module.Args(batch_size=32, compile=compile, device="cuda", **flags)
-        agents = [torch.manual_seed(seed) and module.Agent(6, 2, args).cuda() for seed in range(1, args.num_seeds + 1)]
+        agents = [torch.manual_seed(seed) and module.Agent(11, 3, args).cuda() for seed in range(1, args.num_seeds + 1)]
         update, _ = module.make_update(agents, args)
         rng = torch.Generator("cuda").manual_seed(0)
         torch.manual_seed(0)
-        batch = [x.float().cuda().expand(len(agents), *x.shape) for x in random_batch(32, 6, 2)]
+        batch = [x.float().cuda().expand(len(agents), *x.shape) for x in random_batch(32, 11, 3)]
         rows = []
         for k in range(30):
-            noise = zip(*(module.draw_noise(2, args, rng) for _ in agents), strict=True)
+            noise = zip(*(module.draw_noise(3, args, rng) for _ in agents), strict=True)
             rows.append(update(*batch, *(torch.stack(x) for x in noise), n=k))
         assert len({tuple(row.flatten().tolist()) for row in rows}) == 30
         states[compile] = torch.cat([torch.nn.utils.parameters_to_vector(agent.parameters()) for agent in agents])
