@@ -251,7 +251,7 @@ def jobs_of(args: Args) -> list[list[dict]]:
 
 
 def measure(jobs: list[dict], turns: int) -> list[dict]:
-    """Rows of one group: a process a job, started one after the other, then `turns` rounds."""
+    """Rows of one group: a process a job, all of which compile side by side, then `turns` rounds one by one."""
     workers, rows = [], []
     with tempfile.TemporaryDirectory() as folder:  # for the runs that the scripts' loops write
         try:
@@ -264,9 +264,10 @@ def measure(jobs: list[dict], turns: int) -> list[dict]:
                 log = Path(folder) / f"{k}.log"
                 worker = subprocess.Popen(command, env=env, cwd=folder, **pipes, stderr=log.open("w"))
                 workers.append(worker)
+            for k, (job, worker) in enumerate(zip(jobs, workers, strict=True)):
                 while (line := worker.stdout.readline()) != "ready\n":
                     if not line:
-                        raise SystemExit(f"error: {job}\n{log.read_text()[-2000:]}")
+                        raise SystemExit(f"error: {job}\n{(Path(folder) / f'{k}.log').read_text()[-2000:]}")
                 print(f"ready: {job['implementation']} {job['mode']}", file=sys.stderr)
             for turn in range(turns):
                 for job, worker in zip(jobs, workers, strict=True):
