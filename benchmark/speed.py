@@ -258,7 +258,8 @@ def measure(jobs: list[dict], turns: int) -> list[dict]:
             for k, job in enumerate(jobs):
                 threads = {name: str(job["threads"]) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
                 one = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-                env = os.environ | threads | dict(PYTHONPATH=str(ROOT), XLA_FLAGS=one if job["threads"] == 1 else "")
+                path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+                env = os.environ | threads | dict(PYTHONPATH=path, XLA_FLAGS=one if job["threads"] == 1 else "")
                 command = [sys.executable, "-m", "benchmark.speed", "--worker", json.dumps(job)]
                 pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
                 log = Path(folder) / f"{k}.log"

@@ -424,6 +424,25 @@ def test_committed_rates_back_the_pages():
         }
 
 
+def test_committed_robots_on_a_gpu_back_the_page():
+    page = (ROOT / "docs" / "parallel.md").read_text()
+    (curves,) = results("brax_ant_gpu.csv").values()
+    runs = sorted({(r["algo"], r["seed"]) for r in curves})
+    assert runs == [(algo, seed) for algo in ("meow", "sac") for seed in "12"]
+    for algo, seed in runs:
+        rows = [r for r in curves if (r["algo"], r["seed"]) == (algo, seed)]
+        first, last = (r for r in rows if r["curve"] == "evaluation")
+        cells = [first["return"], first["length"], last["return"], last["length"]]
+        cells.append([r["return"] for r in rows if r["curve"] == "training"][-1])
+        assert "| ".join(["", algo + " ", seed + " ", *(f"{float(x):.0f} " for x in cells)]) in page
+        assert last["robot_step"] == str(6000 * 1024) and "dirty" not in last["commit"]
+    (rates,) = results("brax_rates_gpu.csv").values()
+    for r in rates:
+        shares = " | ".join(f"{float(r[f'{part}_share']):.1%}" for part in ("simulator", "policy", "update", "buffer"))
+        row = f"| {r['algo']} | {r['num_envs']} | {r['robot_steps_per_s']} | {r['updates_per_s']} | {shares} |"
+        assert row in page and "H100" in r["machine"]
+
+
 def test_soak(tmp_path):
     """A row a checkpoint of a short run; memory that grows, files left open and slow checkpoints are found."""
     flags = (
