@@ -816,6 +816,8 @@ def load_seed_state(learner: dict, state: dict) -> None:
         if isinstance(part, torch.optim.Optimizer):
             (params,) = part.param_groups[0]["params"]  # (1, P)
             moments = {key: (x if key == "step" else x[None]).to(params.device) for key, x in state[name].items()}
+            if any(x.dim() and x.shape != params.shape for x in moments.values()):  # Adam itself would not look
+                raise ValueError(f"{name}: not the moments of {params.shape[1]} parameters, of this version's layout")
             part.state = collections.defaultdict(dict, {params: moments} if moments else {})
         else:
             part[0].load_state_dict(state[name])

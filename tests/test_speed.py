@@ -51,6 +51,20 @@ def distance(left: dict, right: dict) -> float:
     return max((x - y).abs().max().item() for x, y in pairs if x.numel())
 
 
+def test_moments_of_another_layout_are_refused():
+    """Fused Adam does not look: it would read and write beside them."""
+    args = meow.Args(batch_size=32, compile="off", device="cpu")
+    agent = meow.Agent(11, 3, args)
+    update, learner = meow.make_update([agent], args)
+    batch = (x.float()[None] for x in random_batch(32, 11, 3))
+    update(*batch, meow.draw_noise(3, args, torch.Generator())[0][None], n=0)
+    state = meow.seed_state(learner, 0)
+    meow.load_seed_state(learner, state)
+    state["optimizer"]["exp_avg"] = state["optimizer"]["exp_avg"][:-1]
+    with pytest.raises(ValueError, match="optimizer: not the moments of"):
+        meow.load_seed_state(learner, state)
+
+
 MIXTURE = (meow, dict(density="mixture"))
 
 
