@@ -251,11 +251,24 @@ def test_densities_command(tmp_path, capfd):
 
 
 def test_committed_densities_back_the_pages():
-    """The table is the one that the command prints; of seed 1 no trial has a smaller error than the preset."""
+    """The table is the one that the command prints; no trial's seed 1 has a smaller error than the preset's; and the
+    claims about hidden weights from zero."""
     ((_, rows),) = results("densities.csv").items()
     assert densities.table(rows, 400) in (ROOT / "docs" / "results.md").read_text()
-    rmse = {row["trial"]: float(row["rmse"]) for row in rows if row["seed"] == "1"}
-    assert set(rmse) == set(densities.TRIALS) and min(rmse, key=rmse.get) == "mixture of 8, the preset"
+    rmse = {(row["trial"], row["seed"]): float(row["rmse"]) for row in rows}
+    first = {trial: x for (trial, seed), x in rmse.items() if seed == "1"}
+    assert set(first) == set(densities.TRIALS) and min(first, key=first.get) == "mixture of 8, the preset"
+    goals = {(row["trial"], row["seed"]): [int(n) / 4 for n in row["goals"].split(" / ")] for row in rows}  # %
+    ((_, presets),) = results("truth_presets.csv").items()
+    presets = [row for row in presets if (row["env_id"], row["algorithm"]) == ("multigoal:MultiGoal-v0", "meow")]
+    assert max(float(row["rmse"]) for row in presets) == 4.1 and len(presets) == 5
+    zeros = [key for key in goals if key[0] == "mixture, hidden weights from zero"]
+    assert len(zeros) == 5 and all(4.7 <= rmse[key] <= 9.6 for key in zeros)
+    assert sum(min(goals[key]) <= 3 for key in zeros) == 2
+    flows = [key for key in goals if key[0] == "flow, hidden weights not from zero"]
+    assert len(flows) == 5 and all(min(goals[key]) > 0 and 18 <= rmse[key] <= 22 for key in flows)
+    assert sum(min(goals[key]) < 6 for key in flows) == 4
+    assert [min(goals["flow, the paper's", seed]) for seed in "123"] == [0, 0, 0]
 
 
 def test_entropy_study(tmp_path, monkeypatch, capsys):
