@@ -51,6 +51,19 @@ def distance(left: dict, right: dict) -> float:
     return max((x - y).abs().max().item() for x, y in pairs if x.numel())
 
 
+@pytest.mark.parametrize("module", [*MODULES, s2ac], ids=[*NAMES, "s2ac"])
+def test_parameters_of_every_seed_begin_at_multiples_of_16_bytes(module):
+    """Or CUDA's batched products fail; moving them into their rows changes no value."""
+    args = module.Args(compile="off", device="cpu", num_seeds=2)
+    agents = [module.Agent(11, 3, args) for _ in range(2)]
+    before = [{name: x.clone() for name, x in agent.state_dict().items()} for agent in agents]
+    module.make_update(agents, args)
+    for agent, state in zip(agents, before, strict=True):
+        trained = [p for name, p in agent.named_parameters() if name != "log_alpha"]
+        assert len(trained) > 10 and all(p.data_ptr() % 16 == 0 for p in trained)
+        assert all(torch.equal(x, state[name]) for name, x in agent.state_dict().items())
+
+
 def test_moments_of_another_layout_are_refused():
     """Fused Adam does not look: it would read and write beside them."""
     args = meow.Args(batch_size=32, compile="off", device="cpu")
