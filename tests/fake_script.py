@@ -25,7 +25,9 @@ parser.add_argument("--exp-name", default="fake_script")
 parser.add_argument("--total-timesteps", type=int, default=100)
 parser.add_argument("--level", type=float, default=0.0)
 parser.add_argument("--seconds", type=float, default=0.0, help="of a step")
-parser.add_argument("--hold", type=float, default=0.0, help="seconds that it waits at half of its steps")
+parser.add_argument(
+    "--hold", type=float, default=0.0, help="seconds that level 0 waits at half of its steps; level 10 does not"
+)
 parser.add_argument("--resume")
 
 
@@ -75,6 +77,6 @@ for step in range(first + 10, args.total_timesteps + 10, 10):
         file=sys.stderr,
     )
     if step == args.total_timesteps // 20 * 10:
-        time.sleep(args.hold)
+        time.sleep(args.hold * (1 - args.level / 10) ** 2)  # a bad one is still there to be stopped, if late
     if args.env_id == "Crash-v0" and step >= args.total_timesteps / 2:
         raise FloatingPointError(f"the loss is not finite at step {step}")

@@ -27,7 +27,7 @@ def test_search_is_interrupted_goes_on_and_finds(tmp_path):
     """The return is --level + step/100 + seed: the best trial has the largest level, and bad ones are stopped early.
     What Ctrl-C interrupts goes on from its checkpoint: no step of a trial is executed twice."""
     flags = ["--space", "level=uniform:0:10", "--trials", "7", "--startup-trials", "2", "--num-seeds", "2"]
-    flags += ["--flags=--total-timesteps 150 --seconds 0.6 --hold 4"]
+    flags += ["--flags=--total-timesteps 150 --seconds 0.6 --hold 24"]
     process = start(tmp_path, *flags)
     deadline = time.time() + 300
     while not any(len(path.read_text().split()) > 3 for path in tmp_path.glob("*/runs/*/steps.txt")):
@@ -49,7 +49,7 @@ def test_search_is_interrupted_goes_on_and_finds(tmp_path):
     for trial in complete:  # mean of steps 110 to 150, of seeds 1 and 2
         assert abs(float(trial["value"]) - (float(trial["params_level"]) + 1.3 + 1.5)) < 0.01
     best = max(complete, key=lambda trial: float(trial["value"]))
-    expected = f"{FAKE} --env-id A-v0 --total-timesteps 150 --seconds 0.6 --hold 4 {best['user_attrs_flags']}"
+    expected = f"{FAKE} --env-id A-v0 --total-timesteps 150 --seconds 0.6 --hold 24 {best['user_attrs_flags']}"
     assert out.splitlines()[-1] == f"python {expected}" and f"best: trial {best['number']}" in out
     steps = {path.parent: list(map(int, path.read_text().split())) for path in tmp_path.glob("*/runs/*/steps.txt")}
     assert all(executed == list(range(10, executed[-1] + 1, 10)) for executed in steps.values())
