@@ -8,7 +8,7 @@ and the whole loop (environment, buffer, update, logs; no evaluation). Printed: 
 the ratio to MEow. Leave the machine alone while it runs. Written: one row a turn.
 
     python -m benchmark.speed --grow --csv benchmark/results/speed_growth.csv     # batch, environments, seeds
-    python -m benchmark.speed --device cuda --num-seeds 1 5 10 20 --csv NAME.csv  # a GPU, in under 8 minutes
+    python -m benchmark.speed --device cuda --num-seeds 1 5 10 20 --csv NAME.csv  # a GPU
 """
 
 import dataclasses
