@@ -55,9 +55,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU if there is one
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: if the run is long enough to pay for it
     torch_deterministic: bool = True  # deterministic algorithms: same machine, same seed, same numbers
-    track: bool = False  # log to Weights & Biases as well
-    wandb_project_name: str = "meow"  # W&B project
-    wandb_entity: str | None = None  # W&B entity (team)
+    track: bool = False  # log to Weights & Biases, too; WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE=offline as usual
     capture_video: bool = False  # record the first episode of every evaluation in the run's videos/
     evaluate: str | None = None  # path of a checkpoint: print the returns of its policy and exit
     resume: str | None = None  # folder of a run to continue from its last checkpoint
@@ -131,8 +129,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     compiler = args.device == "cuda" or shutil.which(os.environ.get("CXX", "g++"))
     require(args.compile != "on" or compiler, "--compile on: no C++ compiler is found; install g++ or set CXX")
-    if args.compile == "auto":  # a minute of compilation pays from about 5,000 updates on
-        args.compile = "on" if compiler and args.utd * (args.total_timesteps - args.learning_starts) > 5_000 else "off"
+    pays = compiler and args.utd * (args.total_timesteps - args.learning_starts) > 5_000  # for a minute of compilation
+    args.compile = ("on" if pays else "off") if args.compile == "auto" else args.compile
     return args
 
 
@@ -166,11 +164,10 @@ def make_env(env_id: str, video_folder: Path | None = None) -> gym.Env:
         env = gym.make(env_id, render_mode="rgb_array" if video_folder else None)
     except (gym.error.Error, ImportError) as e:
         raise UserError(f"error: --env-id {env_id}: {e}") from e
-    box = env.action_space
+    box, obs = env.action_space, env.observation_space
     ok = isinstance(box, gym.spaces.Box) and len(box.shape) == 1 and np.isfinite([box.low, box.high]).all()
     require(ok, f"--env-id {env_id}: actions are {box}; expected a Box of one dimension with finite bounds")
-    ok = len(env.observation_space.shape or ()) <= 1
-    require(ok, f"--env-id {env_id}: observations are {env.observation_space}; expected vectors, not images")
+    require(len(obs.shape or ()) <= 1, f"--env-id {env_id}: observations are {obs}; expected vectors, not images")
     env = UnitBox(gym.wrappers.FlattenObservation(env))
     if video_folder:
         env.reset()
@@ -188,11 +185,8 @@ class Batch(NamedTuple):
 
 
 class ReplayBuffer:
-    """Ring of transitions in a file mapped into memory, so that --resume finds them: 4 (2 O + D + 2) bytes each.
-
-    A million take 3.1 GB on Humanoid, 0.26 GB on Ant and 0.11 GB on Hopper. On a GPU they live in its memory, and
-    `flush` copies what is new to the file.
-    """
+    """Ring of transitions in a file mapped into memory, so that --resume finds them: 4 (2 O + D + 2) bytes each. On a
+    GPU they live in its memory, and `flush` copies what is new to the file."""
 
     def __init__(self, path: Path, capacity: int, obs_dim: int, action_dim: int, device: str):
         self.widths = (obs_dim, action_dim, 1, obs_dim, 1)  # of the fields of Batch
@@ -446,13 +440,13 @@ def make_update(agent: MEow, buffer: ReplayBuffer, args: Args):
 
 @torch.random.fork_rng()
 @torch.no_grad()
-def evaluate(agent: nn.Module, envs: list[gym.Env], args: Args, stop: list | tuple = ()):
-    """Returns (E,) and lengths (E,) of one episode in each of `envs`, the same ones every time; cut short by `stop`."""
+def evaluate(agent: nn.Module, envs: list[gym.Env], args: Args) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (E,) and lengths (E,) of one episode in each of `envs`, the same ones every time."""
     states = random.getstate(), np.random.get_state()  # a task may draw from these
     random.seed(EVAL_SEED), np.random.seed(EVAL_SEED), torch.manual_seed(EVAL_SEED)
     obs = np.stack([env.reset(seed=EVAL_SEED + i)[0] for i, env in enumerate(envs)])  # (E, O)
     returns, lengths, active = np.zeros(len(envs)), np.zeros(len(envs)), np.ones(len(envs), dtype=bool)
-    while active.any() and not stop:
+    while active.any():
         actions = agent.sample(torch.as_tensor(obs[active], device=args.device), args.deterministic_eval).cpu().numpy()
         for i, action in zip(np.flatnonzero(active), actions, strict=True):
             obs[i], reward, terminated, truncated, _ = envs[i].step(action)
@@ -484,23 +478,6 @@ def load_agent(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Args]:
     return agent, args
 
 
-def start_run(args: Args, global_step: int) -> Path:
-    """The run's folder, with flags, command, commit and machine in args.json (of a resumed run in args-from-N.json)."""
-    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}"
-    run_dir = Path(args.resume or "runs/" + "".join(c if c.isalnum() or c in "-_." else "_" for c in name))
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
-    device = torch.cuda.get_device_name() if args.device == "cuda" else "no GPU"
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {device}"
-    versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, gym, np)}
-    facts = dict(args=vars(args), command=shlex.join(sys.argv), commit=commit, machine=machine, versions=versions)
-    run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-    file = f"args-from-{global_step}.json" if args.resume else "args.json"
-    (run_dir / file).write_text(json.dumps(facts, indent=2))
-    print(f"run: {run_dir}\n{args}")
-    return run_dir
-
-
 def train(args: Args) -> Path:
     """Train, log, evaluate and save; returns the run's folder. Ctrl-C and SIGTERM save a checkpoint and stop."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs to be deterministic
@@ -518,14 +495,25 @@ def train(args: Args) -> Path:
     random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
     envs = [make_env(args.env_id) for _ in range(args.num_envs)]
     obs_dim, action_dim = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
-    run_dir = start_run(args, global_step)
+
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}"
+    run_dir = Path(args.resume or "runs/" + "".join(c if c.isalnum() or c in "-_." else "_" for c in name))
+    run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "no GPU"
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {device}"
+    versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, gym, np)}
+    facts = dict(args=vars(args), command=shlex.join(sys.argv), commit=commit, machine=machine, versions=versions)
+    (run_dir / (f"args-from-{global_step}.json" if saved else "args.json")).write_text(json.dumps(facts, indent=2))
+    print(f"run: {run_dir}\n{args}")
     videos = run_dir / f"videos-from-{global_step}" if args.capture_video else None
     eval_envs = [make_env(args.env_id, None if i else videos) for i in range(args.eval_episodes)]
     if args.track:
         import wandb
 
-        names = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, resume="allow")
-        wandb.init(**names, id=run_dir.name[-128:], config=vars(args), sync_tensorboard=True, save_code=True)
+        names = dict(name=run_dir.name, id=run_dir.name[-128:], resume="allow")
+        wandb.init(**names, config=vars(args), sync_tensorboard=True, save_code=True)
     writer = SummaryWriter(str(run_dir), purge_step=global_step if saved else None)
     capacity = min(args.buffer_size, args.total_timesteps + args.num_envs) // args.num_envs * args.num_envs
     buffer = ReplayBuffer(run_dir / "buffer.bin", capacity, obs_dim, action_dim, args.device)
@@ -541,11 +529,7 @@ def train(args: Args) -> Path:
     obs_in = torch.zeros(args.num_envs, obs_dim, device=args.device)  # act() reads this ...
     actions_out = torch.zeros(args.num_envs, action_dim, device=args.device)  # ... and writes this
     sample = compiled(args)(agent.sample)
-
-    @recorded(args)
-    @torch.no_grad()
-    def act() -> None:
-        actions_out.copy_(sample(obs_in))
+    act = recorded(args)(torch.no_grad()(lambda: actions_out.copy_(sample(obs_in))))
 
     def save(name: str) -> None:
         """The state that --resume continues from; where it is not finite, in failed.pt."""
@@ -558,25 +542,14 @@ def train(args: Args) -> Path:
             os.fsync(f.fileno())
         os.replace(path.with_suffix(".tmp"), path)  # at every moment the old file or the new one, whole
 
-    def on_signal(number: int, _) -> None:
-        """The loop ends at its next step. Where it does not come to that in half a second, it is cut off."""
-        stop.append(number)
-        if len(stop) > 1:
-            raise KeyboardInterrupt
-        if hasattr(signal, "SIGALRM"):  # not on Windows
-            signal.setitimer(signal.ITIMER_REAL, 0.5)
-
-    stop = []  # signals received
-    numbers = (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGALRM", signal.SIGTERM))
-    handlers = {number: signal.signal(number, on_signal) for number in numbers}
     obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])  # (N, O)
     next_obs, actions, rewards = obs.copy(), np.zeros((args.num_envs, action_dim), np.float32), np.zeros(args.num_envs)
     terminations, truncations, episode_return, episode_length = np.zeros((4, args.num_envs))
     start_step, start_time, updates_due, last_return, eval_return = global_step, time.time(), 0.0, math.nan, math.nan
-    interval = 0.5 if sys.stderr.isatty() else 30.0  # seconds; a log file needs fewer lines
-    bar = tqdm(total=args.total_timesteps, initial=global_step, unit="step", mininterval=interval, maxinterval=interval)
+    bar = tqdm(total=args.total_timesteps, initial=global_step, mininterval=0.5 if sys.stderr.isatty() else 30)
+    on_sigterm = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as Ctrl-C: it saves first
     try:
-        while not stop:
+        while True:
             # Checkpoint, evaluation and logs of the step that was made; a resumed run begins here and logs it again
             end = global_step >= args.total_timesteps
             eval_due = end or global_step % args.eval_frequency < args.num_envs
@@ -584,9 +557,7 @@ def train(args: Args) -> Path:
                 save("checkpoint.pt")  # before an evaluation, in which the task may fail
             if eval_due and global_step and "eval/episodic_return" not in events:
                 pause = time.time()
-                returns, lengths = evaluate(agent, eval_envs, args, stop)
-                if stop:
-                    break
+                returns, lengths = evaluate(agent, eval_envs, args)
                 eval_return = float(returns.mean())
                 events |= {"eval/episodic_return": eval_return, "eval/episodic_length": float(lengths.mean())}
                 if eval_return > best_return:
@@ -612,11 +583,11 @@ def train(args: Args) -> Path:
             for i, env in enumerate(envs):
                 next_obs[i], rewards[i], terminations[i], truncations[i], _ = env.step(actions[i])
             buffer.add(obs, actions, rewards, next_obs, terminations)
-            global_step += args.num_envs
+            global_step, events = global_step + args.num_envs, {}
             bar.update(args.num_envs)
             episode_return += rewards
             episode_length += 1
-            events, obs = {}, next_obs.copy()
+            obs = next_obs.copy()
             for i in np.flatnonzero(terminations + truncations):
                 last_return = float(episode_return[i])
                 events |= {"charts/episodic_return": last_return, "charts/episodic_length": float(episode_length[i])}
@@ -629,26 +600,20 @@ def train(args: Args) -> Path:
                 sps = (global_step - start_step) / (time.time() - start_time)
                 events |= losses | {f"policy/{name}": x.item() for name, x in policy.items()} | {"charts/SPS": sps}
                 bar.set_postfix(episode=last_return, evaluation=eval_return, SPS=sps, refresh=False)
-    except KeyboardInterrupt:  # of on_signal
-        pass
-    except (Exception, UserError):  # of the task, or not finite: what was raised is shown after the state is saved
+    except BaseException as e:  # Ctrl-C, SIGTERM, an error of the task, a loss that is not finite
         save("checkpoint.pt")
-        print(f"\nstopped at step {global_step}; the state is saved in {run_dir}", file=sys.stderr)
-        raise
+        bar.close()
+        print(f"stopped at step {global_step}; continue with: python {sys.argv[0]} --resume {run_dir}")
+        raise SystemExit(130) if isinstance(e, KeyboardInterrupt) else e from None
     finally:
-        if hasattr(signal, "SIGALRM"):
-            signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGTERM, on_sigterm)
+        writer.close()
     save("checkpoint.pt")
-    for each in (bar, writer, *envs, *eval_envs):
+    (run_dir / "buffer.bin").unlink()
+    for each in (bar, *envs, *eval_envs):
         each.close()
     if args.track:
         wandb.finish()
-    if stop:
-        print(f"stopped at step {global_step}; continue with: python {sys.argv[0]} --resume {run_dir}")
-        sys.exit(128 + stop[0])
-    (run_dir / "buffer.bin").unlink()
     print(f"best evaluation return {best_return:.1f}; checkpoints in {run_dir}")
     return run_dir
 
@@ -657,12 +622,12 @@ if __name__ == "__main__":
     sys.path.append(os.getcwd())  # --env-id mytask:My-v0 finds a mytask.py here, wherever this script lies
     args = parse_args()
     if args.evaluate:
-        agent, trained = load_agent(args.evaluate, args.device)
         videos = Path(args.evaluate).parent / "videos-of-evaluate" if args.capture_video else None
         envs = [make_env(args.env_id, None if i else videos) for i in range(args.eval_episodes)]
-        returns, lengths = evaluate(agent, envs, args)
-        print("\n".join(f"return {r:.2f}, length {n:.0f}" for r, n in zip(returns, lengths, strict=True)))
-        print(f"{args.env_id}, {len(envs)} episodes: return {returns.mean():.2f} +- {returns.std():.2f}")
+        returns, _ = evaluate(load_agent(args.evaluate, args.device)[0], envs, args)
+        print(
+            f"{args.env_id}: return {returns.mean():.2f} +- {returns.std():.2f}, each {np.round(returns, 1).tolist()}"
+        )
         envs[0].close()  # which writes the video
     else:
         train(args)
