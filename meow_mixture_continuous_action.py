@@ -1,0 +1,592 @@
+"""MEow with a mixture of Gaussians in place of the flow: several modes, and still the exact soft value.
+
+After Chao, Feng, Sun, Lee, See and Lee, "Maximum Entropy Reinforcement Learning via Energy-Based Normalizing Flow",
+NeurIPS 2024, https://arxiv.org/abs/2405.13629; the mixture is this project's
+
+    python meow_mixture_continuous_action.py --env-id multigoal:MultiGoal-v0
+
+If V_i = alpha b_i is a net of its own, Q_i = V_i + alpha log pi makes it the exact soft value of any density that is
+normalised: V_i(s) = alpha log int exp(Q_i(s,a) / alpha) da. Here pi(.|s) is a mixture of K Gaussians, each cut off at
+the sides of the box. A mode can have a Gaussian of its own; a flow has to tear its one Gaussian apart. B: batch,
+O: observation, D: action.
+
+    (1)  pi(a|s) = sum_k w_k(s) N(a; mu_k(s), sigma_k(s)^2) / mass of N in the box  MixtureMEow.log_prob
+    (2)  V_i(s)   = alpha b_i(s),  i = 1, 2                                         ShiftValue.forward
+    (3)  Q_i(s,a) = V_i(s) + alpha log pi(a|s)                                      MixtureMEow.q
+    (4)  y = r + gamma (1 - d) mean_i V_i'(s') (or min_i),  L = mean (Q_i(s,a) - y)^2  make_update
+
+b_1 and b_2 are the learnable reward shifts of MEow (LRS); V' is a Polyak copy of V, the target network.
+"""
+
+import copy
+import dataclasses
+import itertools
+import json
+import math
+import os
+import platform
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from torch.func import functional_call
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclasses.dataclass
+class Args:
+    env_id: str = "Hopper-v4"  # gymnasium id; `module:Name-v0` imports the module first
+    exp_name: str = Path(__file__).stem  # part of the run folder's name
+    seed: int = 1  # seed of the parameters, environments, replay samples and actions
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto takes the GPU if there is one
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: if the run is long enough to pay for it
+    torch_deterministic: bool = True  # deterministic algorithms: same machine, same seed, same numbers
+    track: bool = False  # log to Weights & Biases, too; WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE=offline as usual
+    capture_video: bool = False  # record the first episode of every evaluation in the run's videos/
+    evaluate: str | None = None  # path of a checkpoint: print the returns of its policy and exit
+    resume: str | None = None  # folder of a run to continue from its last checkpoint
+    total_timesteps: int = 1_000_000  # environment steps, summed over the environments
+    num_envs: int = 1  # environments stepped together
+    utd: float = 1.0  # gradient updates per environment step
+    buffer_size: int = 1_000_000  # transitions in the replay buffer
+    batch_size: int = 256  # transitions in an update
+    learning_starts: int = 5_000  # steps with uniformly random actions before the first update
+    gamma: float = 0.99  # discount factor
+    tau: float = 0.005  # Polyak step of the target network
+    eval_frequency: int = 10_000  # steps between evaluations
+    eval_episodes: int = 10  # episodes of an evaluation, with the same seeds every time
+    deterministic_eval: bool = True  # evaluate the deterministic action instead of samples
+    checkpoint_frequency: int = 10_000  # steps between checkpoints
+    # the mixture's own
+    alpha: float = 0.2  # temperature: the weight of the entropy
+    learning_rate: float = 1e-3  # Adam's step size
+    max_grad_norm: float = 30.0  # the gradient is clipped to this norm
+    log_sigma_min: float = -5.0  # lower bound of log sigma_k(s)
+    log_sigma_max: float = -0.3  # upper bound of log sigma_k(s)
+    components: int = 8  # Gaussians of the mixture, K
+    clipped_double_q: bool = True  # SCDQ: min of V_1', V_2' in the target (off: their mean)
+
+
+GOAL_MAP = dict(gamma=0.9, log_sigma_min=-2.0, log_sigma_max=1.0, num_envs=8, learning_starts=3_000)
+GOAL_MAP |= dict(total_timesteps=16_000, buffer_size=100_000, eval_frequency=2_000, clipped_double_q=False)
+PRESETS = {  # MEow's settings; a -v5 task takes those of -v4
+    "Hopper-v4": dict(alpha=0.25, total_timesteps=1_500_000),
+    "HalfCheetah-v4": dict(alpha=0.25, tau=0.003, log_sigma_max=2.0, learning_starts=10_000, total_timesteps=1_500_000),
+    "Walker2d-v4": dict(alpha=0.1, learning_starts=10_000, total_timesteps=4_000_000),
+    "Ant-v4": dict(alpha=0.05, tau=0.0001, total_timesteps=4_000_000),
+    "Humanoid-v4": dict(alpha=0.125, tau=0.0005, total_timesteps=5_000_000),
+    "multigoal:MultiGoal-v0": GOAL_MAP | dict(alpha=2.5),
+    "multigoal:MultiGoalAsymmetric-v0": GOAL_MAP | dict(alpha=10.0, gamma=0.8),
+}
+LIMITS = dict(gamma=(0, 1), tau=(0, 1), seed=(0, 2**31), learning_starts=(1, 1e12), log_sigma_min=(-20, 10))
+LIMITS |= dict(log_sigma_max=(-20, 10))  # every other number must be above 0
+EVAL_SEED = 10_000  # evaluation episodes start from seeds 10000, 10001, ..., whatever --seed is
+MAY_CHANGE = ("resume", "device", "compile", "total_timesteps", "checkpoint_frequency", "capture_video", "track")
+
+
+class UserError(SystemExit):
+    """A mistake that the user can put right: uncaught, it ends the program with its message and no traceback."""
+
+
+def require(ok: object, message: str) -> None:
+    if not ok:
+        raise UserError(f"error: {message}")
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Flags given win over those of the run (--resume, --evaluate) or the task's preset, these over the defaults."""
+    argv = sys.argv[1:] if argv is None else argv
+    first = tyro.cli(Args, args=[a for a in argv if a not in ("-h", "--help")])
+    base = PRESETS.get(first.env_id.replace("-v5", "-v4"), {})
+    if first.evaluate or first.resume:
+        saved = load_checkpoint(Path(first.evaluate or f"{first.resume}/checkpoint.pt"))["args"]
+        base = saved | dict(device="auto", compile="auto", capture_video=False)
+    args = tyro.cli(Args, args=argv, default=Args(**base))
+    for name, value in vars(args).items():
+        flag, (low, high) = f"--{name.replace('_', '-')} {value}", LIMITS.get(name, (1e-30, 1e30))
+        require(type(value) not in (int, float) or low <= value <= high, f"{flag}: expected {low:g} to {high:g}")
+        same = not first.resume or name in MAY_CHANGE or value == base[name]
+        require(same, f"{flag}: expected {base.get(name)}, as in {first.resume}; leave it out or start a new run")
+    require(args.learning_starts < args.total_timesteps, "--learning-starts: expected less than --total-timesteps")
+    require(args.num_envs <= args.buffer_size, "--num-envs: expected at most --buffer-size")
+    require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: PyTorch sees no GPU; use --device cpu")
+    args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
+    compiler = args.device == "cuda" or shutil.which(os.environ.get("CXX", "g++"))
+    require(args.compile != "on" or compiler, "--compile on: no C++ compiler is found; install g++ or set CXX")
+    pays = compiler and args.utd * (args.total_timesteps - args.learning_starts) > 5_000  # for a minute of compilation
+    args.compile = ("on" if pays else "off") if args.compile == "auto" else args.compile
+    return args
+
+
+class UnitBox(gym.Wrapper):
+    """Actions in [-1, 1] in place of the task's bounds, observations in arrays of our own, no infos; no nan or inf."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.low, self.high = (x.astype(np.float64) for x in (env.action_space.low, env.action_space.high))
+        self.dtype, self.action_space = env.action_space.dtype, gym.spaces.Box(-1, 1, self.low.shape)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape)
+
+    def reset(self, **kwargs):
+        return self.finite(self.env.reset(**kwargs)[0]), {}
+
+    def step(self, action: np.ndarray):
+        action = np.clip(self.low + 0.5 * (action + 1.0) * (self.high - self.low), self.low, self.high)
+        action = (np.rint(action) if self.dtype.kind in "iu" else action).astype(self.dtype)
+        obs, reward, terminated, truncated, _ = self.env.step(action)
+        return self.finite(obs), self.finite(reward).item(), bool(terminated), bool(truncated), {}
+
+    def finite(self, x: object) -> np.ndarray:
+        if not np.isfinite(x := np.array(x, np.float32)).all():
+            raise ValueError(f"{self.spec.id}: an observation or a reward is not finite: {x}")
+        return x
+
+
+def make_env(env_id: str, video_folder: Path | None = None) -> gym.Env:
+    """The task with observations (O,) and actions (D,) in [-1, 1]. Raises UserError for a task of another kind."""
+    try:
+        env = gym.make(env_id, render_mode="rgb_array" if video_folder else None)
+    except (gym.error.Error, ImportError) as e:
+        raise UserError(f"error: --env-id {env_id}: {e}") from e
+    box, obs = env.action_space, env.observation_space
+    ok = isinstance(box, gym.spaces.Box) and len(box.shape) == 1 and np.isfinite([box.low, box.high]).all()
+    require(ok, f"--env-id {env_id}: actions are {box}; expected a Box of one dimension with finite bounds")
+    require(len(obs.shape or ()) <= 1, f"--env-id {env_id}: observations are {obs}; expected vectors, not images")
+    env = UnitBox(gym.wrappers.FlattenObservation(env))
+    if video_folder:
+        env.reset()
+        require(isinstance(env.render(), np.ndarray), f"--capture-video: {env_id} draws no picture (render is None)")
+        env = gym.wrappers.RecordVideo(env, str(video_folder), lambda episode: True, disable_logger=True)
+    return env
+
+
+class Batch(NamedTuple):
+    obs: torch.Tensor  # (B, O)
+    actions: torch.Tensor  # (B, D), in [-1, 1]
+    rewards: torch.Tensor  # (B, 1)
+    next_obs: torch.Tensor  # (B, O)
+    terminations: torch.Tensor  # (B, 1), 1 where the task ended, 0 at a time limit
+
+
+class ReplayBuffer:
+    """Ring of transitions in a file mapped into memory, so that --resume finds them: 4 (2 O + D + 2) bytes each. On a
+    GPU they live in its memory, and `flush` copies what is new to the file."""
+
+    def __init__(self, path: Path, capacity: int, obs_dim: int, action_dim: int, device: str):
+        self.widths = (obs_dim, action_dim, 1, obs_dim, 1)  # of the fields of Batch
+        self.capacity, self.added, self.flushed, floats = capacity, 0, 0, capacity * sum(self.widths)
+        free = shutil.disk_usage(path.parent).free + (path.stat().st_size if path.exists() else 0)
+        require(4 * floats < free, f"{path} needs {4e-9 * floats:.2f} GB of disk; lower --buffer-size")
+        self.file = torch.from_file(str(path), shared=True, size=floats).view(capacity, -1)
+        self.rows = self.file.to(device)  # the file itself on a CPU
+        self.size = torch.zeros((), device=device)  # in a tensor, so that a CUDA graph sees it grow
+
+    def add(self, *fields: np.ndarray) -> None:
+        """One step of N environments: the fields of Batch, (N, ...) each. N divides the capacity."""
+        rows = np.concatenate([x.reshape(len(x), -1) for x in fields], 1, dtype=np.float32)
+        i = self.added % self.capacity
+        self.rows[i : i + len(rows)] = torch.from_numpy(rows)
+        self.added += len(rows)
+        self.size.fill_(min(self.added, self.capacity))
+
+    def flush(self) -> None:
+        if self.rows is not self.file:
+            new = torch.arange(max(self.flushed, self.added - self.capacity), self.added) % self.capacity
+            self.file[new] = self.rows[new.to(self.rows.device)].cpu()
+        self.flushed = self.added
+
+    def sample(self, batch_size: int) -> Batch:
+        """Transitions drawn uniformly with replacement."""
+        index = (torch.rand(batch_size, device=self.rows.device, dtype=torch.float64) * self.size).long()
+        return Batch(*self.rows.index_select(0, index).split(self.widths, -1))
+
+
+class MLP(nn.Module):
+    """Two hidden layers with Swish, x sigmoid(beta x), beta learnable. With norm: LayerNorm and orthogonal weights, as
+    in the coupling nets; without: zero weights, so that at the start nothing depends on the state."""
+
+    def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, norm: bool = False):
+        super().__init__()
+        dims = (in_dim, hidden_dim, hidden_dim, out_dim)
+        self.linears = nn.ModuleList([nn.Linear(n, m) for n, m in zip(dims[:-1], dims[1:], strict=True)])
+        self.norms = nn.ModuleList([nn.LayerNorm(hidden_dim) if norm else nn.Identity() for _ in range(2)])
+        self.betas = nn.ParameterList([torch.ones(hidden_dim) for _ in range(2)])
+        for linear in self.linears:
+            nn.init.orthogonal_(linear.weight) if norm else nn.init.zeros_(linear.weight)
+
+    def forward(self, x: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+        """keep: dropout masks (2, B, hidden), 0 or 1 / (1 - p), in the loss only."""
+        for k in range(2):
+            x = self.norms[k](self.linears[k](x))
+            x = x * torch.sigmoid(self.betas[k] * x)
+            x = x if keep is None else x * keep[k]
+        return self.linears[2](x)
+
+
+class ShiftValue(nn.Module):
+    """V_1 and V_2 from the reward shifts b_1, b_2. The target network is a copy of this."""
+
+    def __init__(self, obs_dim: int, args: Args):
+        super().__init__()
+        self.alpha = args.alpha
+        self.shift_nets = nn.ModuleList([MLP(obs_dim, 256, 1) for _ in range(2)])
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        """V_1(s), V_2(s): (B, 2), exactly alpha log int exp(Q_i / alpha) da: equation (2)."""
+        return self.alpha * torch.cat([net(obs) for net in self.shift_nets], -1)
+
+
+class MixtureMEow(nn.Module):
+    """Policy, soft Q-functions and soft values. Observations (B, O), actions (B, D) in [-1, 1]."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.alpha, self.action_dim = args.alpha, action_dim
+        self.low, self.high = args.log_sigma_min, args.log_sigma_max
+        self.mixture = MLP(obs_dim, 256, args.components * (1 + 2 * action_dim))
+        self.value = ShiftValue(obs_dim, args)
+        for net in (self.mixture, *self.value.shift_nets):  # hidden weights as nn.Linear draws them, not zero
+            for linear in net.linears[:2]:
+                linear.reset_parameters()
+        with torch.no_grad():  # at the start equal weights, and the means apart
+            start = self.mixture.linears[2].bias.zero_().view(args.components, -1)  # (K, 1 + 2 D)
+            start[:, 1 : 1 + action_dim].uniform_(-0.8, 0.8)
+
+    def components(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """log w (B, K), mu in [-1, 1] (B, K, D) and log sigma in [log_sigma_min, log_sigma_max] (B, K, D)."""
+        h = self.mixture(obs).unflatten(-1, (-1, 1 + 2 * self.action_dim))  # (B, K, 1 + 2 D)
+        log_w, mu, log_sigma = h.split((1, self.action_dim, self.action_dim), -1)
+        log_sigma = self.low + 0.5 * (self.high - self.low) * (torch.tanh(log_sigma) + 1)
+        return torch.log_softmax(log_w[..., 0], -1), torch.tanh(mu), log_sigma
+
+    def sample(self, obs: torch.Tensor, deterministic: bool = False) -> torch.Tensor:
+        """Actions (B, D): draws or, if deterministic, the mean of the Gaussian of the largest weight."""
+        log_w, mu, log_sigma = self.components(obs)
+        if deterministic:  # the highest density may be a spike that is never drawn
+            return mu.take_along_dim(log_w.argmax(-1)[:, None, None], 1)[:, 0]
+        u = torch.rand(len(obs), 1 + self.action_dim, device=obs.device)  # draws k, then a quantile of that Gaussian
+        k = (log_w.exp().cumsum(-1)[:, :-1] < u[:, :1]).sum(-1)[:, None, None]  # (B, 1, 1)
+        mu, scale = (x.take_along_dim(k, 1)[:, 0] for x in (mu, (-log_sigma).exp() / math.sqrt(2)))  # (B, D)
+        low, high = torch.erf((-1 - mu) * scale), torch.erf((1 - mu) * scale)
+        quantile = (low + (high - low) * u[:, 1:]).clamp(-1 + 1e-6, 1 - 1e-6)
+        return (mu + torch.erfinv(quantile) / scale).clamp(-1, 1)
+
+    def log_prob(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """log pi(a|s): (B,), equation (1)."""
+        log_w, mu, log_sigma = self.components(obs)
+        scale = (-log_sigma).exp() / math.sqrt(2)  # (B, K, D)
+        mass = torch.erf((1 - mu) * scale) + torch.erf((1 + mu) * scale)  # twice that of the Gaussian in the box
+        log_p = -((action[..., None, :] - mu) * scale).square() - log_sigma - mass.log() + 0.5 * math.log(2 / math.pi)
+        return torch.logsumexp(log_w + log_p.sum(-1), -1)
+
+    def q(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """Q_1(s,a), Q_2(s,a): (B, 2), equation (3)."""
+        return self.v(obs) + self.alpha * self.log_prob(obs, action)[..., None]
+
+    forward = q  # what functional_call calls
+
+    def v(self, obs: torch.Tensor) -> torch.Tensor:
+        """V_1(s), V_2(s): (B, 2), equation (2)."""
+        return self.value(obs)
+
+    def policy_metrics(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Means over the batch: entropy in nats, log sigma of the Gaussians."""
+        entropy = -self.log_prob(obs, self.sample(obs)).mean()
+        return dict(entropy=entropy, log_sigma=self.components(obs)[2].mean())
+
+
+Agent = MixtureMEow  # its name in what the scripts share
+METRICS = ("qf_loss", "qf1_loss", "qf2_loss", "qf1_values", "qf2_values", "target_values", "grad_norm")
+
+
+def concatenate(tensors) -> torch.Tensor:
+    """One vector (P,), in which each tensor begins at a multiple of 16 bytes."""
+    return torch.cat([part for x in tensors for part in (x.flatten(), x.new_zeros(-x.numel() % 4))])
+
+
+def unflatten(flat: torch.Tensor, module: nn.Module) -> dict[str, torch.Tensor]:
+    """The vector (P,) as the parameters of `module` by name, for functional_call."""
+    parts = flat.split([p.numel() + -p.numel() % 4 for p in module.parameters()])
+    named = zip(module.named_parameters(), parts, strict=True)
+    return {name: part[: p.numel()].view_as(p) for (name, p), part in named}
+
+
+def flatten(module: nn.Module) -> torch.Tensor:
+    """Move all parameters into one vector (P,), of which they become views: one Adam, one norm, one Polyak step."""
+    flat = concatenate(p.detach() for p in module.parameters())
+    for p, part in zip(module.parameters(), unflatten(flat, module).values(), strict=True):
+        p.data = part
+    return flat
+
+
+def compiled(args: Args):
+    """Decorator: torch.compile, if --compile is on. What a CPU's loops need twice is kept, not computed again."""
+    options = {} if args.device == "cuda" else {"cpp_wrapper": True, "realize_reads_threshold": 0}
+    options["guard_filter_fn"] = torch.compiler.keep_tensor_guards_unsafe  # check shapes, not every module, each time
+    return torch.compile(fullgraph=True, options=options) if args.compile == "on" else lambda function: function
+
+
+def recorded(args: Args):
+    """Decorator of function(), which works on tensors that stay where they are: on a GPU it becomes a CUDA graph, one
+    launch for all its kernels, after three calls that compile and allocate. Every replay draws fresh random numbers."""
+
+    def decorate(function):
+        graph, stream, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count(1)
+
+        def call() -> None:
+            if (n := next(calls)) == 4:
+                with torch.cuda.graph(graph):
+                    function()
+            if n >= 4:
+                return graph.replay()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                function()
+            torch.cuda.current_stream().wait_stream(stream)
+
+        return call
+
+    return decorate if args.device == "cuda" else lambda function: function
+
+
+def make_update(agent: MixtureMEow, buffer: ReplayBuffer, args: Args):
+    """update(), a gradient step of equation (4); its METRICS (7,), which it overwrites; and what it moves, by name."""
+    target = copy.deepcopy(agent.value).requires_grad_(False)  # V'
+    params, target_params = flatten(agent), flatten(target)
+    value_params = params[-len(target_params) :]  # V's are the last of the agent's
+    metrics = torch.zeros(len(METRICS), device=params.device)
+    optimizer = torch.optim.Adam([params], args.learning_rate, fused=True, capturable=args.device == "cuda")
+
+    @compiled(args)
+    def gradient(params: torch.Tensor, target_params: torch.Tensor, batch: Batch):
+        next_v = functional_call(target, unflatten(target_params, target), batch.next_obs)  # (B, 2)
+        next_v = next_v.amin(-1, keepdim=True) if args.clipped_double_q else next_v.mean(-1, keepdim=True)
+        y = batch.rewards + args.gamma * (1 - batch.terminations) * next_v  # (B, 1)
+
+        def loss(params: dict[str, torch.Tensor]):
+            q = functional_call(agent, params, (batch.obs, batch.actions))  # (B, 2)
+            qf_loss = (q - y).square().mean(0)  # (2,)
+            return qf_loss.mean(), torch.cat([qf_loss.mean()[None], qf_loss, q.mean(0), y.mean()[None]])
+
+        grads, values = torch.func.grad(loss, has_aux=True)(unflatten(params, agent))
+        grad = concatenate(grads.values())  # (P,)
+        norm = grad.norm()
+        return grad * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), torch.cat([values, norm[None]])
+
+    @recorded(args)
+    @torch.no_grad()
+    def update() -> None:
+        batch = buffer.sample(args.batch_size)
+        params.grad, values = gradient(params, target_params, batch)
+        optimizer.step()
+        target_params.lerp_(value_params, args.tau)  # V' <- V' + tau (V - V')
+        metrics.copy_(values)
+
+    return update, metrics, dict(target=target, optimizer=optimizer)
+
+
+@torch.random.fork_rng()
+@torch.no_grad()
+def evaluate(agent: nn.Module, envs: list[gym.Env], args: Args) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (E,) and lengths (E,) of one episode in each of `envs`, the same ones every time."""
+    states = random.getstate(), np.random.get_state()  # a task may draw from these
+    random.seed(EVAL_SEED), np.random.seed(EVAL_SEED), torch.manual_seed(EVAL_SEED)
+    obs = np.stack([env.reset(seed=EVAL_SEED + i)[0] for i, env in enumerate(envs)])  # (E, O)
+    returns, lengths, active = np.zeros(len(envs)), np.zeros(len(envs)), np.ones(len(envs), dtype=bool)
+    while active.any():
+        actions = agent.sample(torch.as_tensor(obs[active], device=args.device), args.deterministic_eval).cpu().numpy()
+        for i, action in zip(np.flatnonzero(active), actions, strict=True):
+            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
+            returns[i], lengths[i], active[i] = returns[i] + reward, lengths[i] + 1, not (terminated or truncated)
+        if lengths.max() == 10_000 and envs[0].spec.max_episode_steps is None:
+            tqdm.write(f"warning: {args.env_id} is at 10000 steps of an evaluation; has it max_episode_steps?")
+    random.setstate(states[0]), np.random.set_state(states[1])
+    return returns, lengths
+
+
+def load_checkpoint(path: Path, device: str = "cpu") -> dict:
+    """Tensors and plain values; nothing in the file is executed. Raises UserError for any other file."""
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        algorithm, args = checkpoint["algorithm"], checkpoint["args"]
+    except Exception as e:  # whatever a missing, damaged or foreign file leads to
+        raise UserError(f"error: {path} is not a checkpoint ({type(e).__name__}: {e})") from e
+    ok = algorithm == Path(__file__).stem and args.keys() == vars(Args()).keys()
+    require(ok, f"{path} was written by {algorithm}.py, or by another version of it")
+    return checkpoint
+
+
+def load_agent(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Args]:
+    """The agent of a checkpoint and the args that it was trained with."""
+    checkpoint = load_checkpoint(Path(path), device)
+    args = dataclasses.replace(Args(**checkpoint["args"]), device=device)
+    agent = Agent(checkpoint["obs_dim"], checkpoint["action_dim"], args).to(device)
+    agent.load_state_dict(checkpoint["agent"])
+    return agent, args
+
+
+def train(args: Args) -> Path:
+    """Train, log, evaluate and save; returns the run's folder. Ctrl-C and SIGTERM save a checkpoint and stop."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what CUDA needs to be deterministic
+    torch.use_deterministic_algorithms(args.torch_deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+    torch.set_num_threads(min(torch.get_num_threads(), 4))  # more do not help nets of this size
+    torch.empty(2**23 - 2**12)  # glibc then keeps freed memory of this size: a fifth of the time of an update
+    torch.compiler.reset()  # code that another run in this process compiled has that run's flags in it
+
+    saved = load_checkpoint(Path(args.resume, "checkpoint.pt"), args.device) if args.resume else {}
+    global_step, best_return, events = saved.get("run", (0, -math.inf, {}))
+    why = "the run is finished" if global_step >= args.total_timesteps else "its replay buffer, buffer.bin, is missing"
+    require(not saved or Path(args.resume, "buffer.bin").exists(), f"--resume {args.resume}: {why}")
+    seed = args.seed + global_step
+    random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
+    envs = [make_env(args.env_id) for _ in range(args.num_envs)]
+    obs_dim, action_dim = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
+
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}"
+    run_dir = Path(args.resume or "runs/" + "".join(c if c.isalnum() or c in "-_." else "_" for c in name))
+    run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "no GPU"
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {device}"
+    versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, gym, np)}
+    facts = dict(args=vars(args), command=shlex.join(sys.argv), commit=commit, machine=machine, versions=versions)
+    (run_dir / (f"args-from-{global_step}.json" if saved else "args.json")).write_text(json.dumps(facts, indent=2))
+    print(f"run: {run_dir}\n{args}")
+    videos = run_dir / f"videos-from-{global_step}" if args.capture_video else None
+    eval_envs = [make_env(args.env_id, None if i else videos) for i in range(args.eval_episodes)]
+    if args.track:
+        import wandb
+
+        names = dict(name=run_dir.name, id=run_dir.name[-128:], resume="allow")
+        wandb.init(**names, config=vars(args), sync_tensorboard=True, save_code=True)
+    writer = SummaryWriter(str(run_dir), purge_step=global_step if saved else None)
+    capacity = min(args.buffer_size, args.total_timesteps + args.num_envs) // args.num_envs * args.num_envs
+    buffer = ReplayBuffer(run_dir / "buffer.bin", capacity, obs_dim, action_dim, args.device)
+    agent = Agent(obs_dim, action_dim, args).to(args.device)
+    update, metrics, learner = make_update(agent, buffer, args)
+    learner = dict(agent=agent) | learner
+    if saved:  # all but the episodes under way: the environments begin new ones
+        for name, part in learner.items():
+            part.load_state_dict(saved[name])
+        buffer.added = buffer.flushed = global_step
+        buffer.size.fill_(min(global_step, capacity))
+
+    obs_in = torch.zeros(args.num_envs, obs_dim, device=args.device)  # act() reads this ...
+    actions_out = torch.zeros(args.num_envs, action_dim, device=args.device)  # ... and writes this
+    sample = compiled(args)(agent.sample)
+    act = recorded(args)(torch.no_grad()(lambda: actions_out.copy_(sample(obs_in))))
+
+    def save(name: str) -> None:
+        """The state that --resume continues from; where it is not finite, in failed.pt."""
+        buffer.flush()
+        path = run_dir / (name if np.isfinite(metrics.tolist()).all() else "failed.pt")
+        state = dict(algorithm=Path(__file__).stem, args=vars(args) | dict(resume=None), obs_dim=obs_dim)
+        state |= dict(action_dim=action_dim, run=(global_step, best_return, events))
+        with open(path.with_suffix(".tmp"), "wb") as f:
+            torch.save(state | {name: part.state_dict() for name, part in learner.items()}, f)
+            os.fsync(f.fileno())
+        os.replace(path.with_suffix(".tmp"), path)  # at every moment the old file or the new one, whole
+
+    obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)])  # (N, O)
+    next_obs, actions, rewards = obs.copy(), np.zeros((args.num_envs, action_dim), np.float32), np.zeros(args.num_envs)
+    terminations, truncations, episode_return, episode_length = np.zeros((4, args.num_envs))
+    start_step, start_time, updates_due, last_return, eval_return = global_step, time.time(), 0.0, math.nan, math.nan
+    bar = tqdm(total=args.total_timesteps, initial=global_step, mininterval=0.5 if sys.stderr.isatty() else 30)
+    on_sigterm = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as Ctrl-C: it saves first
+    try:
+        while True:
+            # Checkpoint, evaluation and logs of the step that was made; a resumed run begins here and logs it again
+            end = global_step >= args.total_timesteps
+            eval_due = end or global_step % args.eval_frequency < args.num_envs
+            if eval_due or global_step % args.checkpoint_frequency < args.num_envs:
+                save("checkpoint.pt")  # before an evaluation, in which the task may fail
+            if eval_due and global_step and "eval/episodic_return" not in events:
+                pause = time.time()
+                returns, lengths = evaluate(agent, eval_envs, args)
+                eval_return = float(returns.mean())
+                events |= {"eval/episodic_return": eval_return, "eval/episodic_length": float(lengths.mean())}
+                if eval_return > best_return:
+                    best_return = eval_return
+                    save("best.pt")
+                start_time += time.time() - pause  # SPS is that of training
+            for name, value in events.items():
+                writer.add_scalar(name, value, global_step)
+            if end:
+                break
+
+            if global_step < args.learning_starts:
+                actions = np.random.uniform(-1, 1, actions.shape).astype(np.float32)
+            else:
+                obs_in.copy_(torch.from_numpy(obs))
+                act()
+                actions = actions_out.cpu().numpy()
+                updates_due += args.utd * args.num_envs
+                while updates_due >= 1:  # before the step, so that a GPU computes while the task simulates
+                    update()
+                    updates_due -= 1
+            require(np.isfinite(actions).all(), f"the actions are not finite at step {global_step}: training diverged")
+            for i, env in enumerate(envs):
+                next_obs[i], rewards[i], terminations[i], truncations[i], _ = env.step(actions[i])
+            buffer.add(obs, actions, rewards, next_obs, terminations)
+            global_step, events = global_step + args.num_envs, {}
+            bar.update(args.num_envs)
+            episode_return += rewards
+            episode_length += 1
+            obs = next_obs.copy()
+            for i in np.flatnonzero(terminations + truncations):
+                last_return = float(episode_return[i])
+                events |= {"charts/episodic_return": last_return, "charts/episodic_length": float(episode_length[i])}
+                episode_return[i], episode_length[i], obs[i] = 0, 0, envs[i].reset()[0]
+            if global_step % 100 < args.num_envs and global_step > args.learning_starts:
+                losses = {f"losses/{name}": value for name, value in zip(METRICS, metrics.tolist(), strict=True)}
+                require(np.isfinite([*losses.values()]).all(), f"not finite at step {global_step}: {losses}")
+                with torch.no_grad():
+                    policy = agent.policy_metrics(buffer.sample(args.batch_size).obs)
+                sps = (global_step - start_step) / (time.time() - start_time)
+                events |= losses | {f"policy/{name}": x.item() for name, x in policy.items()} | {"charts/SPS": sps}
+                bar.set_postfix(episode=last_return, evaluation=eval_return, SPS=sps, refresh=False)
+    except BaseException as e:  # Ctrl-C, SIGTERM, an error of the task, a loss that is not finite
+        save("checkpoint.pt")
+        bar.close()
+        print(f"stopped at step {global_step}; continue with: python {sys.argv[0]} --resume {run_dir}")
+        raise SystemExit(130) if isinstance(e, KeyboardInterrupt) else e from None
+    finally:
+        signal.signal(signal.SIGTERM, on_sigterm)
+        writer.close()
+    save("checkpoint.pt")
+    (run_dir / "buffer.bin").unlink()
+    for each in (bar, *envs, *eval_envs):
+        each.close()
+    if args.track:
+        wandb.finish()
+    print(f"best evaluation return {best_return:.1f}; checkpoints in {run_dir}")
+    return run_dir
+
+
+if __name__ == "__main__":
+    sys.path.append(os.getcwd())  # --env-id mytask:My-v0 finds a mytask.py here, wherever this script lies
+    args = parse_args()
+    if args.evaluate:
+        videos = Path(args.evaluate).parent / "videos-of-evaluate" if args.capture_video else None
+        envs = [make_env(args.env_id, None if i else videos) for i in range(args.eval_episodes)]
+        returns, _ = evaluate(load_agent(args.evaluate, args.device)[0], envs, args)
+        print(
+            f"{args.env_id}: return {returns.mean():.2f} +- {returns.std():.2f}, each {np.round(returns, 1).tolist()}"
+        )
+        envs[0].close()  # which writes the video
+    else:
+        train(args)
