@@ -18,6 +18,7 @@ O: observation, D: action.
 b_1 and b_2 are the learnable reward shifts of MEow (LRS); V' is a Polyak copy of V, the target network.
 """
 
+import collections
 import copy
 import dataclasses
 import itertools
@@ -33,7 +34,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -96,13 +97,10 @@ EVAL_SEED = 10_000  # evaluation episodes start from seeds 10000, 10001, ..., wh
 MAY_CHANGE = ("resume", "device", "compile", "total_timesteps", "checkpoint_frequency", "capture_video", "track")
 
 
-class UserError(SystemExit):
-    """A mistake that the user can put right: uncaught, it ends the program with its message and no traceback."""
-
-
 def require(ok: object, message: str) -> None:
+    """End the program with a message and no traceback if not ok: for what the user can put right."""
     if not ok:
-        raise UserError(f"error: {message}")
+        sys.exit(f"error: {message}")
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
@@ -130,41 +128,31 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return args
 
 
-class UnitBox(gym.Wrapper):
-    """Actions in [-1, 1] in place of the task's bounds, observations in arrays of our own, no infos; no nan or inf."""
-
-    def __init__(self, env: gym.Env):
-        super().__init__(env)
-        self.low, self.high = (x.astype(np.float64) for x in (env.action_space.low, env.action_space.high))
-        self.dtype, self.action_space = env.action_space.dtype, gym.spaces.Box(-1, 1, self.low.shape)
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape)
-
-    def reset(self, **kwargs):
-        return self.finite(self.env.reset(**kwargs)[0]), {}
-
-    def step(self, action: np.ndarray):
-        action = np.clip(self.low + 0.5 * (action + 1.0) * (self.high - self.low), self.low, self.high)
-        action = (np.rint(action) if self.dtype.kind in "iu" else action).astype(self.dtype)
-        obs, reward, terminated, truncated, _ = self.env.step(action)
-        return self.finite(obs), self.finite(reward).item(), bool(terminated), bool(truncated), {}
-
-    def finite(self, x: object) -> np.ndarray:
-        if not np.isfinite(x := np.array(x, np.float32)).all():
-            raise ValueError(f"{self.spec.id}: an observation or a reward is not finite: {x}")
-        return x
-
-
 def make_env(env_id: str, video_folder: Path | None = None) -> gym.Env:
-    """The task with observations (O,) and actions (D,) in [-1, 1]. Raises UserError for a task of another kind."""
+    """The task with actions (D,) in [-1, 1] and observations (O,), both finite. Ends the program for other tasks."""
     try:
         env = gym.make(env_id, render_mode="rgb_array" if video_folder else None)
     except (gym.error.Error, ImportError) as e:
-        raise UserError(f"error: --env-id {env_id}: {e}") from e
+        sys.exit(f"error: --env-id {env_id}: {e}")
     box, obs = env.action_space, env.observation_space
     ok = isinstance(box, gym.spaces.Box) and len(box.shape) == 1 and np.isfinite([box.low, box.high]).all()
     require(ok, f"--env-id {env_id}: actions are {box}; expected a Box of one dimension with finite bounds")
     require(len(obs.shape or ()) <= 1, f"--env-id {env_id}: observations are {obs}; expected vectors, not images")
-    env = UnitBox(gym.wrappers.FlattenObservation(env))
+    low, high = box.low.astype(np.float64), box.high.astype(np.float64)
+
+    def to_bounds(action: np.ndarray) -> np.ndarray:
+        action = np.clip(low + 0.5 * (action + 1.0) * (high - low), low, high)
+        return (np.rint(action) if box.dtype.kind in "iu" else action).astype(box.dtype)
+
+    def finite(x: object) -> np.ndarray:  # in an array of our own
+        if not np.isfinite(x := np.array(x, np.float32)).all():
+            raise ValueError(f"{env_id}: an observation or a reward is not finite: {x}")
+        return x
+
+    env = gym.wrappers.TransformAction(env, to_bounds, gym.spaces.Box(-1, 1, box.shape))
+    env = gym.wrappers.FlattenObservation(env)
+    env = gym.wrappers.TransformObservation(env, finite, gym.spaces.Box(-np.inf, np.inf, env.observation_space.shape))
+    env = gym.wrappers.TransformReward(env, lambda reward: finite(reward).item())
     if video_folder:
         env.reset()
         require(isinstance(env.render(), np.ndarray), f"--capture-video: {env_id} draws no picture (render is None)")
@@ -172,26 +160,23 @@ def make_env(env_id: str, video_folder: Path | None = None) -> gym.Env:
     return env
 
 
-class Batch(NamedTuple):
-    obs: torch.Tensor  # (B, O)
-    actions: torch.Tensor  # (B, D), in [-1, 1]
-    rewards: torch.Tensor  # (B, 1)
-    next_obs: torch.Tensor  # (B, O)
-    terminations: torch.Tensor  # (B, 1), 1 where the task ended, 0 at a time limit
+Batch = collections.namedtuple("Batch", "obs actions rewards next_obs terminations")  # (B, O), D, 1, O, 1
 
 
 class ReplayBuffer:
     """Ring of transitions in a file mapped into memory, so that --resume finds them: 4 (2 O + D + 2) bytes each. On a
     GPU they live in its memory, and `flush` copies what is new to the file."""
 
-    def __init__(self, path: Path, capacity: int, obs_dim: int, action_dim: int, device: str):
+    def __init__(self, path: Path, capacity: int, obs_dim: int, action_dim: int, device: str, added: int = 0):
         self.widths = (obs_dim, action_dim, 1, obs_dim, 1)  # of the fields of Batch
-        self.capacity, self.added, self.flushed, floats = capacity, 0, 0, capacity * sum(self.widths)
+        self.capacity, self.added, self.flushed, floats = capacity, added, added, capacity * sum(self.widths)
         free = shutil.disk_usage(path.parent).free + (path.stat().st_size if path.exists() else 0)
         require(4 * floats < free, f"{path} needs {4e-9 * floats:.2f} GB of disk; lower --buffer-size")
         self.file = torch.from_file(str(path), shared=True, size=floats).view(capacity, -1)
         self.rows = self.file.to(device)  # the file itself on a CPU
-        self.size = torch.zeros((), device=device)  # in a tensor, so that a CUDA graph sees it grow
+        self.size = torch.tensor(
+            float(min(added, capacity)), device=device
+        )  # a tensor, so that a CUDA graph sees it grow
 
     def add(self, *fields: np.ndarray) -> None:
         """One step of N environments: the fields of Batch, (N, ...) each. N divides the capacity."""
@@ -208,14 +193,13 @@ class ReplayBuffer:
         self.flushed = self.added
 
     def sample(self, batch_size: int) -> Batch:
-        """Transitions drawn uniformly with replacement."""
+        """Transitions drawn uniformly with replacement; terminations are 1 where the task ended, 0 at a time limit."""
         index = (torch.rand(batch_size, device=self.rows.device, dtype=torch.float64) * self.size).long()
         return Batch(*self.rows.index_select(0, index).split(self.widths, -1))
 
 
 class MLP(nn.Module):
-    """Two hidden layers with Swish, x sigmoid(beta x), beta learnable. With norm: LayerNorm and orthogonal weights, as
-    in the coupling nets; without: zero weights, so that at the start nothing depends on the state."""
+    """Two hidden layers with Swish, x sigmoid(beta x). norm: LayerNorm and orthogonal weights, else zero weights."""
 
     def __init__(self, in_dim: int, hidden_dim: int, out_dim: int, norm: bool = False):
         super().__init__()
@@ -394,7 +378,7 @@ def make_update(agent: MixtureMEow, buffer: ReplayBuffer, args: Args):
         target_params.lerp_(value_params, args.tau)  # V' <- V' + tau (V - V')
         metrics.copy_(values)
 
-    return update, metrics, dict(target=target, optimizer=optimizer)
+    return update, metrics, dict(agent=agent, target=target, optimizer=optimizer)
 
 
 @torch.random.fork_rng()
@@ -417,12 +401,12 @@ def evaluate(agent: nn.Module, envs: list[gym.Env], args: Args) -> tuple[np.ndar
 
 
 def load_checkpoint(path: Path, device: str = "cpu") -> dict:
-    """Tensors and plain values; nothing in the file is executed. Raises UserError for any other file."""
+    """Tensors and plain values; nothing in the file is executed. Ends the program for any other file."""
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         algorithm, args = checkpoint["algorithm"], checkpoint["args"]
     except Exception as e:  # whatever a missing, damaged or foreign file leads to
-        raise UserError(f"error: {path} is not a checkpoint ({type(e).__name__}: {e})") from e
+        sys.exit(f"error: {path} is not a checkpoint ({type(e).__name__}: {str(e)[:150]})")
     ok = algorithm == Path(__file__).stem and args.keys() == vars(Args()).keys()
     require(ok, f"{path} was written by {algorithm}.py, or by another version of it")
     return checkpoint
@@ -443,7 +427,7 @@ def train(args: Args) -> Path:
     torch.use_deterministic_algorithms(args.torch_deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     torch.set_num_threads(min(torch.get_num_threads(), 4))  # more do not help nets of this size
-    torch.empty(2**23 - 2**12)  # glibc then keeps freed memory of this size: a fifth of the time of an update
+    torch.empty(2**23 - 2**12)  # glibc then keeps what an update frees: its pages are not faulted in anew each time
     torch.compiler.reset()  # code that another run in this process compiled has that run's flags in it
 
     saved = load_checkpoint(Path(args.resume, "checkpoint.pt"), args.device) if args.resume else {}
@@ -475,15 +459,11 @@ def train(args: Args) -> Path:
         wandb.init(**names, config=vars(args), sync_tensorboard=True, save_code=True)
     writer = SummaryWriter(str(run_dir), purge_step=global_step if saved else None)
     capacity = min(args.buffer_size, args.total_timesteps + args.num_envs) // args.num_envs * args.num_envs
-    buffer = ReplayBuffer(run_dir / "buffer.bin", capacity, obs_dim, action_dim, args.device)
+    buffer = ReplayBuffer(run_dir / "buffer.bin", capacity, obs_dim, action_dim, args.device, global_step)
     agent = Agent(obs_dim, action_dim, args).to(args.device)
     update, metrics, learner = make_update(agent, buffer, args)
-    learner = dict(agent=agent) | learner
-    if saved:  # all but the episodes under way: the environments begin new ones
-        for name, part in learner.items():
-            part.load_state_dict(saved[name])
-        buffer.added = buffer.flushed = global_step
-        buffer.size.fill_(min(global_step, capacity))
+    for name, part in learner.items() if saved else ():  # all but the episodes under way: new ones begin
+        part.load_state_dict(saved[name])
 
     obs_in = torch.zeros(args.num_envs, obs_dim, device=args.device)  # act() reads this ...
     actions_out = torch.zeros(args.num_envs, action_dim, device=args.device)  # ... and writes this
@@ -492,7 +472,7 @@ def train(args: Args) -> Path:
 
     def save(name: str) -> None:
         """The state that --resume continues from; where it is not finite, in failed.pt."""
-        buffer.flush()
+        buffer.flush(), writer.flush()
         path = run_dir / (name if np.isfinite(metrics.tolist()).all() else "failed.pt")
         state = dict(algorithm=Path(__file__).stem, args=vars(args) | dict(resume=None), obs_dim=obs_dim)
         state |= dict(action_dim=action_dim, run=(global_step, best_return, events))
@@ -506,7 +486,7 @@ def train(args: Args) -> Path:
     terminations, truncations, episode_return, episode_length = np.zeros((4, args.num_envs))
     start_step, start_time, updates_due, last_return, eval_return = global_step, time.time(), 0.0, math.nan, math.nan
     bar = tqdm(total=args.total_timesteps, initial=global_step, mininterval=0.5 if sys.stderr.isatty() else 30)
-    on_sigterm = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as Ctrl-C: it saves first
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as Ctrl-C: it saves first
     try:
         while True:
             # Checkpoint, evaluation and logs of the step that was made; a resumed run begins here and logs it again
@@ -515,14 +495,13 @@ def train(args: Args) -> Path:
             if eval_due or global_step % args.checkpoint_frequency < args.num_envs:
                 save("checkpoint.pt")  # before an evaluation, in which the task may fail
             if eval_due and global_step and "eval/episodic_return" not in events:
-                pause = time.time()
                 returns, lengths = evaluate(agent, eval_envs, args)
                 eval_return = float(returns.mean())
                 events |= {"eval/episodic_return": eval_return, "eval/episodic_length": float(lengths.mean())}
                 if eval_return > best_return:
                     best_return = eval_return
                     save("best.pt")
-                start_time += time.time() - pause  # SPS is that of training
+                start_step, start_time = global_step, time.time()  # of SPS, which leaves evaluations out
             for name, value in events.items():
                 writer.add_scalar(name, value, global_step)
             if end:
@@ -544,9 +523,7 @@ def train(args: Args) -> Path:
             buffer.add(obs, actions, rewards, next_obs, terminations)
             global_step, events = global_step + args.num_envs, {}
             bar.update(args.num_envs)
-            episode_return += rewards
-            episode_length += 1
-            obs = next_obs.copy()
+            obs, episode_return, episode_length = next_obs.copy(), episode_return + rewards, episode_length + 1
             for i in np.flatnonzero(terminations + truncations):
                 last_return = float(episode_return[i])
                 events |= {"charts/episodic_return": last_return, "charts/episodic_length": float(episode_length[i])}
@@ -564,12 +541,9 @@ def train(args: Args) -> Path:
         bar.close()
         print(f"stopped at step {global_step}; continue with: python {sys.argv[0]} --resume {run_dir}")
         raise SystemExit(130) if isinstance(e, KeyboardInterrupt) else e from None
-    finally:
-        signal.signal(signal.SIGTERM, on_sigterm)
-        writer.close()
     save("checkpoint.pt")
     (run_dir / "buffer.bin").unlink()
-    for each in (bar, *envs, *eval_envs):
+    for each in (bar, writer, *envs, *eval_envs):
         each.close()
     if args.track:
         wandb.finish()
