@@ -2,11 +2,22 @@
 
 import csv
 import io
+import multiprocessing
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, as_completed
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def commit() -> str:
+    """The commit of this project, for the tables; empty outside of git."""
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
 
 
 def write_csv(path: Path, rows: Iterable[dict], columns: Iterable[str] | None = None) -> None:
@@ -26,9 +37,26 @@ def write_csv(path: Path, rows: Iterable[dict], columns: Iterable[str] | None = 
     new.replace(path)
 
 
-def as_done(futures: dict[Future, tuple]) -> Iterator[tuple[tuple, Future, str]]:
-    """(what a future is of, the future, "3 of 9, 5 min to go") for each of `futures`, as they finish."""
+def run_all(
+    function: Callable, jobs: dict[str, tuple], workers: int, failed: list[str]
+) -> Iterator[tuple[str, object]]:
+    """("3 of 9, 5 min to go: NAME", function(*arguments)) for each of `jobs`, name -> arguments, as they finish.
+
+    `workers` processes of one thread each run side by side. A job that fails is printed, and its name is appended to
+    `failed`; the others go on.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"
     start = time.time()
-    for done, future in enumerate(as_completed(futures), 1):
-        left = (time.time() - start) * (len(futures) - done) / done / 60
-        yield futures[future], future, f"{done} of {len(futures)}, {left:.0f} min to go"
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
+        futures = {pool.submit(function, *arguments): name for name, arguments in jobs.items()}
+        for done, future in enumerate(as_completed(futures), 1):
+            name, left = futures[future], (time.time() - start) * (len(futures) - done) / done / 60
+            try:
+                result = future.result()
+            except (Exception, SystemExit) as e:  # SystemExit: a script's UserError
+                failed.append(name)
+                print(f"{name} failed: {type(e).__name__}: {e}", file=sys.stderr, flush=True)
+                continue
+            yield f"{done} of {len(futures)}, {left:.0f} min to go: {name}", result
+    if failed:
+        print(f"failed: {'; '.join(failed)}", file=sys.stderr)

@@ -2,17 +2,19 @@
 
     python -m benchmark.speed --csv benchmark/results/speed.csv --png benchmark/results/speed.png
 
-Every implementation is a process of its own that waits its turn; the turns go round, so that a machine that slows
-down slows all of them. What is timed on each turn: an update (with the draw of its batch), the choice of one action,
-and the whole loop (environment, buffer, update, logs; no evaluation). Printed: medians, the range of the turns, and
-the ratio to MEow. Leave the machine alone while it runs. Written: one row a turn.
+Every implementation trains in a process of its own that waits for its turn; the turns go round, so that a machine that
+slows down slows all of them. What is timed on each turn: an update (with the draw of its batch), the choice of an
+action (with its way to the GPU and back), and the whole loop, which is the script's own `train` (environment, buffer,
+update, logs; no evaluation). Printed: medians, the range of the turns, and the ratio to MEow. Leave the machine alone
+while it runs. Written: one row a turn.
 
-    python -m benchmark.speed --grow --csv benchmark/results/speed_growth.csv     # batch, environments, seeds
-    python -m benchmark.speed --device cuda --num-seeds 1 5 10 20 --csv NAME.csv  # a GPU
+    python -m benchmark.speed --grow --csv benchmark/results/speed_growth.csv    # batch, environments
+    python -m benchmark.speed --device cuda --processes 1 5 15 --csv NAME.csv    # one GPU; start MPS before
 """
 
 import dataclasses
 import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -22,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -31,14 +33,14 @@ import numpy as np
 import torch
 import tyro
 
-from benchmark import write_csv
+from benchmark import ROOT, commit, write_csv
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"MEow": "meow", "SAC": "sac", "SQL": "sql", "S2AC": "s2ac"}
+SCRIPTS = {"MEow": "meow", "MEow mixture": "meow_mixture", "SAC": "sac", "SQL": "sql", "S2AC": "s2ac"}
 LIBRARIES = {"SB3 SAC": "stable_baselines3", "SBX SAC": "sbx"}
 PARTS = ("update_ms", "act_ms", "loop_sps")
 WARM_UP = 1_000  # random steps before the first update
-COLUMNS = ["env_id", "implementation", "mode", "threads", "batch_size", "num_envs", "num_seeds", "turn", *PARTS]
+USUAL = dict(batch_size=("batch", 256), num_envs=("envs", 1), processes=("processes", 1))  # column: label, value
+COLUMNS = ["env_id", "implementation", "mode", "threads", *USUAL, "turn", *PARTS]
 
 
 @dataclasses.dataclass
@@ -53,16 +55,14 @@ class Args:
     """threads of each process"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where networks and replay buffer live; cuda leaves SB3 and SBX out"""
-    num_seeds: tuple[int, ...] = (1,)
-    """agents that one process trains side by side (this project's scripts)"""
+    processes: tuple[int, ...] = (1,)
+    """runs that train at the same time, a process each; the loop's steps a second are those of all together"""
     turns: int = 7
     """turns of each implementation"""
     seconds: float = 1.0
     """length of each of the three measurements of a turn"""
     grow: bool = False
-    """time MEow and SAC as batch (64 to 4096), environments (1 to 16) and seeds (1 to 10) grow instead, on Hopper-v4"""
-    count: bool = False
-    """count the operations and bytes of an update instead"""
+    """time MEow and SAC as batch (64 to 4096) and environments (1 to 16) grow instead, on Hopper-v4"""
     csv: Path | None = None
     """table to write"""
     png: Path | None = None
@@ -71,215 +71,159 @@ class Args:
     """(what the command calls itself with)"""
 
 
-def rate(function: Callable[[int], object], seconds: float, wait: Callable[[], object]) -> float:
-    """Calls a second of what function(n) does n times, over about `seconds`; wait() returns when a GPU is done."""
-    n, elapsed = 1, 0.0
-    while True:
-        wait()
-        start = time.perf_counter()
-        function(n)
-        wait()
-        elapsed = time.perf_counter() - start
-        if elapsed > seconds / 2:
-            return n / elapsed
-        n = max(2 * n, int(0.8 * n * seconds / max(elapsed, 1e-4)))
+def rate(function: Callable[[], object], seconds: float, wait: Callable[[], object]) -> float:
+    """Calls a second over `seconds`; wait() returns when a GPU is done."""
+    wait()
+    start, n = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        function()
+        n += 1
+    wait()
+    return n / (time.perf_counter() - start)
 
 
-def script_parts(job: dict) -> dict[str, Callable[[int], object]]:
-    """The three things to time of one of this project's scripts: its own functions and its own loop."""
+def turns(job: dict, update: Callable[[], object], act: Callable[[], object]) -> Iterator[None]:
+    """Times a turn for every line on stdin and prints it. Every `yield` lets the training loop make one step."""
+    wait = torch.cuda.synchronize if job["device"] == "cuda" else lambda: None
+    for part in (update, act):
+        for _ in range(5):  # compiled and recorded
+            part()
+    for _ in range(50):
+        yield
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        row = dict(update_ms=1e3 / rate(update, job["seconds"], wait), act_ms=1e3 / rate(act, job["seconds"], wait))
+        start, steps = time.perf_counter(), 0
+        while time.perf_counter() - start < job["seconds"]:
+            yield
+            steps += 1
+        wait()
+        print(json.dumps(row | dict(loop_sps=steps / (time.perf_counter() - start))), flush=True)
+    sys.exit()  # the command is gone
+
+
+def train_script(job: dict) -> None:
+    """Train by one of this project's scripts; after each update, of which there is one a step, comes `turns`."""
     module = importlib.import_module(f"{SCRIPTS[job['implementation']]}_continuous_action")
-    more = dict(compile="on" if job["mode"] == "compiled" else "off", device=job["device"], learning_starts=WARM_UP)
-    more |= dict(batch_size=job["batch_size"], num_envs=job["num_envs"], num_seeds=job["num_seeds"])
-    args = module.parse_args(["--env-id", job["env_id"]])
-    args = dataclasses.replace(args, **more, total_timesteps=10**9, eval_frequency=10**9, buffer_size=200_000)
-    update, runs, _ = module.make_runs(args)
+    flags = dict(env_id=job["env_id"], device=job["device"], compile="on" if job["mode"] == "compiled" else "off")
+    flags |= dict(batch_size=job["batch_size"], num_envs=job["num_envs"], utd=1.0, learning_starts=WARM_UP)
+    flags |= dict(buffer_size=200_000, total_timesteps=10**9, eval_frequency=10**9, checkpoint_frequency=10**9)
+    make_update = module.make_update
 
-    state = dict(inputs=[], n=0, stats=[None] * len(runs))
+    def make_timed_update(agent: torch.nn.Module, buffer, args):
+        update, metrics, learner = make_update(agent, buffer, args)
+        obs_dim, action_dim = buffer.widths[:2]
+        obs = np.random.normal(size=(args.num_envs, obs_dim)).astype(np.float32)
+        obs_in = torch.zeros(args.num_envs, obs_dim, device=args.device)  # from here to `act` as in train
+        actions_out = torch.zeros(args.num_envs, action_dim, device=args.device)
+        sample = module.compiled(args)(agent.sample)
+        act = module.recorded(args)(torch.no_grad()(lambda: actions_out.copy_(sample(obs_in))))
 
-    def to_next_update() -> None:
-        state.update(inputs=module.advance(runs, state["stats"])[0])
-        while not state["inputs"]:  # a step without an update
-            state.update(inputs=module.advance(runs, [None] * len(runs))[0])
+        def choose() -> np.ndarray:
+            obs_in.copy_(torch.from_numpy(obs))
+            act()
+            return actions_out.cpu().numpy()
 
-    to_next_update()
+        timing = turns(job, update, choose)
 
-    def loop(steps: int) -> None:
-        for _ in range(steps):
-            state.update(stats=update(*state["inputs"], n=state["n"]), n=state["n"] + 1)
-            to_next_update()
+        def timed_update() -> None:
+            update()
+            next(timing)
 
-    device = module.choose_device(args)
-    env = module.make_env(args.env_id)
-    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-    agents = [module.Agent(obs_dim, action_dim, args).to(device) for _ in range(args.num_seeds)]
-    lone_update, _ = module.make_update(agents, args)
-    buffer = module.ReplayBuffer(100_000, 1, obs_dim, action_dim, device)
-    buffer.rows.normal_()
-    buffer.fields(buffer.rows).actions.tanh_()
-    buffer.fields(buffer.rows).terminations.zero_()
-    buffer.size, rng = buffer.capacity, torch.Generator(device)
+        return timed_update, metrics, learner
 
-    def updates(calls: int) -> None:
-        for n in range(calls):
-            drawn = [(*buffer.sample(args.batch_size, rng), *module.draw_noise(action_dim, args, rng)) for _ in agents]
-            lone_update(*(torch.stack(x) for x in zip(*drawn, strict=True)), n=n)
-
-    act, obs = module.compiled(agents[0].act, args), torch.randn(args.num_envs, obs_dim, device=device)
-
-    @torch.no_grad()
-    def acts(calls: int) -> None:
-        for _ in range(calls):
-            act(obs, agents[0].act_noise(args.num_envs, rng))
-
-    return dict(update_ms=updates, act_ms=acts, loop_sps=loop)
+    module.make_update = make_timed_update
+    module.train(module.parse_args([f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]))
 
 
-def library_parts(job: dict) -> dict[str, Callable[[int], object]]:
-    """The same of a SAC from PyPI, with its defaults and this project's batch."""
+def train_library(job: dict) -> None:
+    """The same by a SAC from PyPI, with its defaults and this project's batch."""
     import gymnasium as gym
 
     SAC = importlib.import_module(LIBRARIES[job["implementation"]]).SAC
     env = gym.make(job["env_id"])
     model = SAC("MlpPolicy", env, learning_starts=WARM_UP, batch_size=job["batch_size"], buffer_size=200_000)
-    model.learn(WARM_UP + 100)
     obs = env.observation_space.sample().astype(np.float32)
+    timing = turns(job, lambda: model.train(1, job["batch_size"]), lambda: model.predict(obs))
 
-    def updates(calls: int) -> None:
-        model.train(gradient_steps=calls, batch_size=job["batch_size"])
+    def callback(*_) -> bool:
+        if model.num_timesteps > WARM_UP + 100:
+            next(timing)
+        return True
 
-    if (
-        job["implementation"] == "SBX SAC"
-    ):  # compiled anew for each number of gradient steps: one a call, as in its loop
-
-        def updates(calls: int) -> None:
-            for _ in range(calls):
-                model.train(gradient_steps=1, batch_size=job["batch_size"])
-
-    def acts(calls: int) -> None:
-        for _ in range(calls):
-            model.predict(obs)
-
-    return dict(update_ms=updates, act_ms=acts, loop_sps=lambda steps: model.learn(steps, reset_num_timesteps=False))
-
-
-def count(args: Args) -> str:
-    """Of each script's update, batch 256: matrix products, in GFLOP, and the bytes of parameters and their moments.
-
-    An update reads and writes each parameter, its two moments and its target, and writes and reads its gradient, in
-    float32; with a policy delay, SAC's two actor steps every other update count as one.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    text = ["| task | script | GFLOP | parameters | MB of parameters, moments, targets, gradients |", "|---" * 5 + "|"]
-    for env_id in args.env_ids:
-        for name in SCRIPTS:
-            module = importlib.import_module(f"{SCRIPTS[name]}_continuous_action")
-            flags = module.parse_args(["--env-id", env_id, "--compile=off", "--device=cpu", "--batch-size=256"])
-            env = module.make_env(env_id)
-            obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-            agent = module.Agent(obs_dim, action_dim, flags)
-            update, learner = module.make_update([agent], flags)
-            widths = (obs_dim, action_dim, 1, obs_dim, 1)
-            obs, actions, rewards, next_obs, terminations = torch.zeros(256, sum(widths)).split(widths, -1)
-            batch = (obs, actions, rewards[:, 0], next_obs, terminations[:, 0])
-            inputs = (*batch, *module.draw_noise(action_dim, flags, torch.Generator()))
-            flops = 0.0
-            for n in range(2):
-                with FlopCounterMode(display=False) as counter:
-                    update(*(x[None] for x in inputs), n=n)
-                flops += counter.get_total_flops() / 2
-            trained = sum(p.numel() for p in agent.parameters())
-            targets = sum(p.numel() for p in learner["target"][0].parameters())
-            moved = 4 * (2 * 4 * trained + 2 * targets)
-            text.append(f"| {env_id} | {name} | {flops / 1e9:.2f} | {trained} | {moved / 1e6:.1f} |")
-    return "\n".join(text)
-
-
-def kernels(update: Callable[[int], object]) -> int:
-    """CUDA kernels that an update launches or replays."""
-    from torch.profiler import DeviceType, ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        update(10)
-        torch.cuda.synchronize()
-    return round(sum(event.device_type == DeviceType.CUDA for event in profiled.events()) / 10)
+    model.learn(10**9, callback=callback)
 
 
 def work(job: dict) -> None:
-    """A worker: prepares and warms up, then times one turn for every line that it reads."""
     torch.set_num_threads(job["threads"])
-    parts = script_parts(job) if job["implementation"] in SCRIPTS else library_parts(job)
-    wait = torch.cuda.synchronize if job["device"] == "cuda" else lambda: None
-    for name, part in parts.items():
-        start = time.perf_counter()
-        part(3)
-        print(f"{name}: first calls {time.perf_counter() - start:.1f} s", file=sys.stderr)
-        rate(part, 0.3, wait)
-    facts = dict(kernels=kernels(parts["update_ms"])) if job["device"] == "cuda" else {}
-    print("ready", flush=True)
-    for _ in sys.stdin:
-        per_second = {name: rate(part, job["seconds"], wait) for name, part in parts.items()}
-        row = {name: 1e3 / per_second[name] for name in ("update_ms", "act_ms")} | facts
-        # the loop's unit is an update, of which there is one an environment step of each seed
-        print(json.dumps(row | dict(loop_sps=per_second["loop_sps"])), flush=True)
+    (train_script if job["implementation"] in SCRIPTS else train_library)(job)
 
 
 def jobs_of(args: Args) -> list[list[dict]]:
     """Groups of jobs that are measured side by side."""
-    base = dict(device=args.device, seconds=args.seconds, batch_size=256, num_envs=1, num_seeds=1)
-    if args.grow:
-        axes = [("batch_size", n) for n in (64, 256, 1024, 4096)] + [("num_envs", n) for n in (1, 4, 16)]
-        axes += [("num_seeds", n) for n in (1, 2, 5, 10)]
-        about = dict(env_id="Hopper-v4", mode="compiled", threads=max(args.threads))
-        return [
-            [base | about | {axis: n, "implementation": name} for axis_, n in axes if axis_ == axis for name in group]
-            for axis in ("batch_size", "num_envs", "num_seeds")
-            for group in (("MEow",), ("SAC",))
-        ]
+    base = dict(device=args.device, seconds=args.seconds) | {name: value for name, (_, value) in USUAL.items()}
     groups = []
+    if args.grow:
+        base |= dict(env_id="Hopper-v4", mode="compiled", threads=max(args.threads))
+        for name in ("MEow", "SAC"):
+            for axis, values in (("batch_size", (64, 256, 1024, 4096)), ("num_envs", (1, 4, 16))):
+                groups.append([base | dict(implementation=name) | {axis: value} for value in values])
+        return groups
     for env_id in args.env_ids:
         for threads in args.threads:
             group = []
             for name in args.implementations:
                 about = base | dict(env_id=env_id, threads=threads, implementation=name)
                 if name in SCRIPTS:
-                    group += [about | dict(mode=mode, num_seeds=s) for mode in args.modes for s in args.num_seeds]
+                    group += [about | dict(mode=mode, processes=n) for mode in args.modes for n in args.processes]
                 elif args.device == "cpu":
                     group.append(about | dict(mode="eager" if name == "SB3 SAC" else "compiled"))
             groups.append(group)
     return groups
 
 
+def start_worker(job: dict, folder: Path, log: Path) -> subprocess.Popen:
+    threads = {name: str(job["threads"]) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    one = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1" if job["threads"] == 1 else ""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    command = [sys.executable, "-m", "benchmark.speed", "--worker", json.dumps(job)]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True)
+    env = os.environ | threads | dict(PYTHONPATH=path, XLA_FLAGS=one)
+    return subprocess.Popen(command, env=env, cwd=folder, **pipes)
+
+
+def answer_of(worker: subprocess.Popen, job: dict, log: Path) -> str:
+    """The worker's next line that is for the command: "ready" or a turn."""
+    while not (line := worker.stdout.readline()).startswith(("ready", "{")):
+        if not line:
+            raise SystemExit(f"error: {job}\n{log.read_text()[-2000:]}")
+    return line
+
+
 def measure(jobs: list[dict], turns: int) -> list[dict]:
-    """Rows of one group: a process a job, all of which compile side by side, then `turns` rounds one by one."""
+    """Rows of one group: the processes of all jobs compile side by side, then `turns` rounds of the jobs one by one."""
     workers, rows = [], []
-    with tempfile.TemporaryDirectory() as folder:  # for the runs that the scripts' loops write
+    with tempfile.TemporaryDirectory() as folder:  # for the runs that the scripts write
         try:
-            for k, job in enumerate(jobs):
-                threads = {name: str(job["threads"]) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-                one = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-                path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-                env = os.environ | threads | dict(PYTHONPATH=path, XLA_FLAGS=one if job["threads"] == 1 else "")
-                command = [sys.executable, "-m", "benchmark.speed", "--worker", json.dumps(job)]
-                pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-                log = Path(folder) / f"{k}.log"
-                worker = subprocess.Popen(command, env=env, cwd=folder, **pipes, stderr=log.open("w"))
-                workers.append(worker)
-            for k, (job, worker) in enumerate(zip(jobs, workers, strict=True)):
-                while (line := worker.stdout.readline()) != "ready\n":
-                    if not line:
-                        raise SystemExit(f"error: {job}\n{(Path(folder) / f'{k}.log').read_text()[-2000:]}")
-                print(f"ready: {job['implementation']} {job['mode']}", file=sys.stderr)
+            for job in jobs:
+                logs = [Path(folder) / f"{len(workers)}-{n}.log" for n in range(job["processes"])]
+                workers.append([(start_worker(job, Path(folder), log), job, log) for log in logs])
+            for own in workers:
+                for each in own:
+                    answer_of(*each)
+                print(f"ready: {own[0][1]['implementation']} {own[0][1]['mode']}", file=sys.stderr)
             for turn in range(turns):
-                for job, worker in zip(jobs, workers, strict=True):
-                    worker.stdin.write("go\n")
-                    worker.stdin.flush()
-                    timed = json.loads(worker.stdout.readline())
-                    timed["loop_sps"] *= job["num_seeds"]  # environment steps of all seeds together
+                for job, own in zip(jobs, workers, strict=True):
+                    for worker, *_ in own:
+                        worker.stdin.write("go\n")
+                        worker.stdin.flush()
+                    timed = [json.loads(answer_of(*each)) for each in own]
+                    row = {part: statistics.median(each[part] for each in timed) for part in PARTS}
+                    row["loop_sps"] = sum(each["loop_sps"] for each in timed)
                     kept = {key: job[key] for key in COLUMNS if key in job}
-                    rows.append(kept | dict(turn=turn) | {key: float(f"{x:.4g}") for key, x in timed.items()})
+                    rows.append(kept | dict(turn=turn) | {part: float(f"{x:.4g}") for part, x in row.items()})
         finally:
-            for worker in workers:
+            for worker, *_ in (each for own in workers for each in own):
                 worker.kill()
                 worker.wait()
     return rows
@@ -290,18 +234,18 @@ def median(rows: list[dict], part: str, **chosen) -> float:
     return statistics.median(float(r[part]) for r in rows if all(str(r[k]) == str(v) for k, v in chosen.items()))
 
 
-def name_of(key: dict) -> str:
-    """The implementation, with its batch, environments and seeds where they are not the usual ones."""
-    usual = dict(batch_size=("batch", "256"), num_envs=("envs", "1"), num_seeds=("seeds", "1"))
-    more = (f", {label} {key[k]}" for k, (label, value) in usual.items() if str(key[k]) != value)
-    return key["implementation"] + "".join(more)
+def name_of(row: dict) -> str:
+    """The implementation, with its batch, environments and processes where they are not the usual ones."""
+    usual = USUAL | dict(num_seeds=("seeds", 1))  # num_seeds: in tables of older commits
+    more = (f", {label} {row[k]}" for k, (label, value) in usual.items() if str(row.get(k, value)) != str(value))
+    return row["implementation"] + "".join(more)
 
 
 def table(rows: list[dict]) -> str:
     """Median (range) of each part, and the ratio of the loop's steps a second to MEow's of the same group and mode."""
     text = ["| task | threads | implementation | mode | update, ms | act, ms | loop, steps/s | MEow is faster by |"]
     text.append("|---" * 8 + "|")
-    keys = ("env_id", "threads", "implementation", "mode", "batch_size", "num_envs", "num_seeds")
+    keys = [key for key in rows[0] if key in ("env_id", "threads", "implementation", "mode", "num_seeds", *USUAL)]
     for key in dict.fromkeys(tuple(str(row[k]) for k in keys) for row in rows):
         chosen = dict(zip(keys, key, strict=True))
         cells = []
@@ -355,11 +299,6 @@ def chart(rows: list[dict], path: Path) -> None:
 def main(args: Args) -> None:
     if args.worker is not None:
         return work(json.loads(args.worker))
-    sys.path.insert(0, str(ROOT))
-    if args.count:
-        print(count(args))
-        return None
-    commit = importlib.import_module("meow_continuous_action").commit()
     packages = ("torch", "gymnasium", "mujoco", "numpy", "stable-baselines3", "sbx-rl", "jax")
     have = [name for name in packages if importlib.util.find_spec(name.replace("-", "_").replace("sbx_rl", "sbx"))]
     processor = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), "")
@@ -367,15 +306,13 @@ def main(args: Args) -> None:
     machine = f"{platform.machine()}, {processor}, {os.cpu_count()} cores, {device}; " + ", ".join(
         f"{name} {version(name)}" for name in have
     )
-    command = "python -m benchmark.speed " + shlex.join(sys.argv[1:])
+    facts = dict(commit=commit(), machine=machine, command="python -m benchmark.speed " + shlex.join(sys.argv[1:]))
     print(f"{machine}\nload before the start: {os.getloadavg()[0]:.2f}")
     rows = []
     for jobs in jobs_of(args):
         rows += measure(jobs, args.turns)
         if args.csv:  # after every group: what is measured is kept if the rest fails
-            names = [*COLUMNS, *(["kernels"] if args.device == "cuda" else []), "commit", "machine", "command"]
-            facts = dict(commit=commit, machine=machine, command=command)
-            write_csv(args.csv, (row | facts for row in rows), names)
+            write_csv(args.csv, (row | facts for row in rows), [*COLUMNS, *facts])
     print(table(rows))
     if args.png:
         chart(rows, args.png)
