@@ -1,6 +1,6 @@
 """Goal maps on which the optimum of the maximum-entropy objective can be computed, and pictures of what was learned.
 
-    python meow_continuous_action.py --env-id multigoal:MultiGoal-v0
+    python meow_mixture_continuous_action.py --env-id multigoal:MultiGoal-v0
     python multigoal.py --checkpoint runs/RUN/checkpoint.pt
 
 An agent at x in the plane moves by its action a: x' = clip(x + a, -7, 7), without noise. The reward is
@@ -252,25 +252,16 @@ class Args:
     """seed of the starts and of the sampled actions"""
 
 
-def fail(message: str):
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
-
-
 def load_policy(path: Path):
-    """The agent and the args of a checkpoint, through the script that wrote it."""
+    """The agent and the args of a checkpoint, through the script that wrote it. Ends the program for another file."""
     import torch
 
     algorithm = "meow_continuous_action"
     with contextlib.suppress(Exception):  # a file that is not a checkpoint is for the script to describe
         algorithm = torch.load(path, map_location="cpu", weights_only=True)["algorithm"]
     if algorithm not in {file.stem for file in Path(__file__).parent.glob("*_continuous_action.py")}:
-        fail(f"{path} was written by {algorithm}.py, which is not one of this project's scripts")
-    script = importlib.import_module(algorithm)
-    try:
-        return script.load_agent(path)
-    except script.UserError as e:
-        fail(str(e))
+        sys.exit(f"error: {path} was written by {algorithm}.py, which is not one of this project's scripts")
+    return importlib.import_module(algorithm).load_agent(path)
 
 
 def draw(env, rollouts: Rollouts, axis: np.ndarray, v: np.ndarray, difference: np.ndarray, titles, output: Path):
@@ -305,7 +296,7 @@ def draw(env, rollouts: Rollouts, axis: np.ndarray, v: np.ndarray, difference: n
 class Measured(NamedTuple):
     rollouts: Rollouts  # of sampled actions
     optimum: SoftOptimum
-    v: np.ndarray  # (S, S), the learned V on the optimum's grid, of the head that the target uses
+    v: np.ndarray  # (S, S), the learned V on the optimum's grid, as in the update's target
     difference: np.ndarray  # (S, S), V - V*, 0 in the goals
     rmse: float  # of V against V*, over the grid within 5.5 of the origin on each axis, outside the goals
     v_origin: float  # learned V at the origin
@@ -319,14 +310,21 @@ def optimum_of(env_id: str, alpha: float, gamma: float) -> SoftOptimum:
 
 
 def policy_of(agent, seed: int = 0) -> Callable[[np.ndarray], np.ndarray]:
-    """The agent's sampled actions as a function of arrays, (B, 2) -> (B, 2). Seeds torch's generator."""
+    """The agent's sampled actions as a function of arrays, (B, 2) -> (B, 2). Seeds torch's generator.
+
+    S2AC's sampler f(s, z), if there is one, acts in place of the particles that it learns from.
+    """
     import torch
 
     torch.manual_seed(seed)
+    sampler = agent.sampler if type(agent).__name__ == "S2AC" else None
 
     @torch.no_grad()
     def policy(obs: np.ndarray) -> np.ndarray:
-        return agent.sample(torch.as_tensor(obs, dtype=torch.float32)).numpy()
+        obs = torch.as_tensor(obs, dtype=torch.float32)
+        if sampler is None:
+            return agent.sample(obs).numpy()
+        return torch.tanh(sampler(torch.cat([obs, torch.randn(len(obs), 2)], -1))).numpy()
 
     return policy
 
@@ -340,12 +338,11 @@ def repeats_of(agent, policy: Callable[[np.ndarray], np.ndarray]) -> Callable[[n
 
     if type(agent).__name__ != "S2AC" or agent.sampler is not None:
         return policy
-    rng = torch.Generator().manual_seed(0)
 
     @torch.no_grad()
     def repeats(obs: np.ndarray) -> np.ndarray:
-        few = torch.as_tensor(obs[: -(-len(obs) // agent.particles)], dtype=torch.float32)  # (n / m, 2)
-        actions, _ = agent.policy(few, agent.act_noise(len(few), rng))  # (m, n / m, 2)
+        few = torch.as_tensor(obs[: -(-len(obs) // agent.m)], dtype=torch.float32)  # (n / m, 2)
+        actions, _ = agent.policy(few)  # (m, n / m, 2)
         return actions.flatten(0, 1)[: len(obs)].numpy()
 
     return repeats
@@ -359,9 +356,9 @@ def measure(agent, trained, env: gym.Env, episodes: int, seed: int = 0) -> Measu
 
     @torch.no_grad()
     def v(obs: np.ndarray) -> np.ndarray:
-        heads = agent.v(torch.as_tensor(obs, dtype=torch.float32))  # (n, 2)
+        both = agent.v(torch.as_tensor(obs, dtype=torch.float32))  # (n, 2)
         clipped = getattr(trained, "clipped_double_q", True)  # the V of the target
-        return (heads.amin(-1) if clipped else heads.mean(-1)).numpy()
+        return (both.amin(-1) if clipped else both.mean(-1)).numpy()
 
     rollouts = rollout(env, policy, episodes, seed)
     optimum = optimum_of(trained.env_id, trained.alpha, trained.gamma)
@@ -382,7 +379,7 @@ def measure(agent, trained, env: gym.Env, episodes: int, seed: int = 0) -> Measu
 def main(args: Args) -> None:
     agent, trained = load_policy(args.checkpoint)
     if trained.env_id not in MAPS:
-        fail(f"{args.checkpoint} was trained on {trained.env_id}; expected one of {', '.join(MAPS)}")
+        sys.exit(f"error: {args.checkpoint} was trained on {trained.env_id}; expected one of {', '.join(MAPS)}")
     env = gym.make(trained.env_id, obstacle=args.obstacle)
     measured = measure(agent, trained, env, args.episodes, args.seed)
     rollouts, rmse = measured.rollouts, measured.rmse

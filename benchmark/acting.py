@@ -22,7 +22,7 @@ import tyro
 import s2ac_continuous_action as s2ac
 import sac_continuous_action as sac
 import sql_continuous_action as sql
-from benchmark import write_csv
+from benchmark import commit, write_csv
 
 SIZES = {"Hopper-v4": (11, 3), "HalfCheetah-v4": (17, 6), "Ant-v4": (27, 8)}  # (O, D)
 PAPER = {"SAC": "1", "SQL": "1.15", "S2AC phi-theta": "4.5 (D = 3) to 8.4 (D = 8)", "S2AC phi-theta-psi": "1.15"}
@@ -42,12 +42,12 @@ class Args:
 
 def agents(env_id: str) -> dict[str, torch.nn.Module]:
     """By name, one of each algorithm and variant."""
-    found = {"SAC": sac.SAC(*SIZES[env_id], sac.parse_args(["--env-id", env_id]))}
-    found["SQL"] = sql.SQL(*SIZES[env_id], sql.parse_args(["--env-id", env_id]))
-    for variant in ("phi", "phi-theta", "phi-theta-psi"):
-        flags = s2ac.parse_args(["--env-id", env_id, "--variant", variant])
-        found[f"S2AC {variant}"] = s2ac.S2AC(*SIZES[env_id], flags)
-    return found
+    scripts = {"SAC": (sac, []), "SQL": (sql, [])}
+    scripts |= {f"S2AC {variant}": (s2ac, ["--variant", variant]) for variant in ("phi", "phi-theta", "phi-theta-psi")}
+    return {
+        name: script.Agent(*SIZES[env_id], script.parse_args(["--env-id", env_id, "--device", "cpu", *flags]))
+        for name, (script, flags) in scripts.items()
+    }
 
 
 @torch.inference_mode()
@@ -86,7 +86,7 @@ def main(args: Args) -> None:
         times = milliseconds(found, torch.randn(1, SIZES[env_id][0]), args)
         for name in found:
             row = dict(env_id=env_id, algorithm=name, draw_ms=f"{times[name, False]:.3f}")
-            row |= dict(evaluation_ms=f"{times[name, True]:.3f}", commit=sac.commit(), machine=machine, command=command)
+            row |= dict(evaluation_ms=f"{times[name, True]:.3f}", commit=commit(), machine=machine, command=command)
             rows.append(row)
     print(table(rows))
     if args.csv is not None:

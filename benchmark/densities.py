@@ -2,9 +2,9 @@
 
     python -m benchmark.densities --png runs/densities/densities.png
 
-Q_i = V_i + alpha log pi makes V_i the exact soft value of any normalised pi. Each trial trains the script's own code
-at the map's preset, with flags, or with another density put in the place of MixtureMEow: flows with more couplings or
-with a prior whose mean depends on the state, and rational-quadratic splines on the box from the package zuko. It
+Q_i = V_i + alpha log pi makes V_i the exact soft value of any normalised pi. Each trial trains by MEow's script or by
+that of its mixture at the map's preset, with flags, or with another agent in the place of the script's: flows with more
+couplings or with a prior whose mean depends on the state, and rational-quadratic splines on the box (package zuko). It
 measures the last checkpoint as benchmark.truth does, and the least integral of pi over the box, by quadrature at the
 map's states: what is missing from 1 lies in spikes narrower than a cell or, of a flow through tanh, at |a| = 1.
 A run whose row is in the CSV is not run again. Exit code 1: a run failed; the others are done.
@@ -15,47 +15,61 @@ import dataclasses
 import functools
 import json
 import math
-import multiprocessing
 import os
 import shlex
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from torch import nn
 
 import meow_continuous_action as meow
+import meow_mixture_continuous_action as mixture
 import multigoal
-from benchmark import as_done, write_csv
+from benchmark import run_all, write_csv
 from benchmark.truth import counts, spread
 
 MAP = multigoal.MAPS[0]
 
 
+class Pair(nn.Module):
+    """Two couplings in the place of one; with dropout they share its masks."""
+
+    def __init__(self, first: nn.Module, second: nn.Module):
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, z, obs):
+        return self.second(self.first(z, obs), obs)
+
+    def inverse(self, z, obs, keep=None):
+        z, second = self.second.inverse(z, obs, keep)
+        z, first = self.first.inverse(z, obs, keep)
+        return z, first + second
+
+
 class DeepMEow(meow.MEow):
-    """The paper's flow with eight couplings. Dropout masks are drawn for four: each serves two of them."""
+    """The paper's flow with eight couplings."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: meow.Args):
         super().__init__(obs_dim, action_dim, args)
-        masks = [coupling.mask for coupling in self.couplings]
-        self.couplings.extend(meow.Coupling(obs_dim, action_dim, b, args.coupling == "affine") for b in masks)
-
-    def forward(self, obs, action, drop=None):
-        return self.q(obs, action, None if drop is None else torch.cat([drop, drop]))
+        for k, coupling in enumerate(self.couplings):
+            more = meow.Coupling(obs_dim, action_dim, 1 - coupling.mask, args.coupling == "affine")
+            self.couplings[k] = Pair(coupling, more)
 
 
-class PriorMean(meow.StateNet):
+class PriorMean(meow.MLP):
     """z <- z + mu(s), used like a coupling: it makes N(0, sigma(s)^2) the prior N(mu(s), sigma(s)^2)."""
-
-    def inverse(self, z, obs, drop):
-        return z - super().forward(obs), 0.0
 
     def forward(self, z, obs):
         return z + super().forward(obs)
+
+    def inverse(self, z, obs, keep=None):
+        return z - super().forward(obs), 0.0
 
 
 class PriorMeanMEow(meow.MEow):
@@ -63,20 +77,17 @@ class PriorMeanMEow(meow.MEow):
 
     def __init__(self, obs_dim: int, action_dim: int, args: meow.Args):
         super().__init__(obs_dim, action_dim, args)
-        self.couplings.insert(0, PriorMean(obs_dim, 64, action_dim))  # the first after the prior, when sampling
-
-    def forward(self, obs, action, drop=None):
-        return self.q(obs, action, None if drop is None else torch.cat([drop[:1], drop]))  # PriorMean takes none
+        self.couplings[0] = Pair(PriorMean(obs_dim, 64, action_dim), self.couplings[0])
 
 
-class ZeroStartMEow(meow.MixtureMEow):
+class ZeroStartMEow(mixture.MixtureMEow):
     """The mixture with hidden weights that start at zero, as those of the flow's nets of the state do."""
 
-    def __init__(self, obs_dim: int, action_dim: int, args: meow.Args):
+    def __init__(self, obs_dim: int, action_dim: int, args: mixture.Args):
         super().__init__(obs_dim, action_dim, args)
-        with torch.no_grad():
-            for net in (self.mixture, *self.value.shift_nets):
-                net.weight1.zero_(), net.weight2.zero_()
+        for net in (self.mixture, *self.value.shift_nets):
+            for linear in net.linears[:2]:
+                nn.init.zeros_(linear.weight)
 
 
 class FreeStartMEow(meow.MEow):
@@ -84,10 +95,9 @@ class FreeStartMEow(meow.MEow):
 
     def __init__(self, obs_dim: int, action_dim: int, args: meow.Args):
         super().__init__(obs_dim, action_dim, args)
-        with torch.no_grad():
-            for net in (self.value.sigma_net, *self.value.shift_nets):
-                for weight in (net.weight1, net.weight2):
-                    weight.uniform_(-1, 1).div_(math.sqrt(len(weight)))
+        for net in (self.value.sigma_net, *self.value.shift_nets):
+            for linear in net.linears[:2]:
+                linear.reset_parameters()
 
 
 def splines(obs_dim: int, action_dim: int, transforms: int, hidden: int):
@@ -111,73 +121,61 @@ def splines(obs_dim: int, action_dim: int, transforms: int, hidden: int):
     return zuko.lazy.LazyComposedTransform(*(make(order=order[:: (-1) ** k]) for k in range(transforms)))
 
 
-class MixtureSplineMEow(meow.MixtureMEow):
+class MixtureSplineMEow(mixture.MixtureMEow):
     """The mixture as a prior, and splines between it and the action."""
 
-    def __init__(self, obs_dim: int, action_dim: int, args: meow.Args, transforms: int = 2, hidden: int = 64):
+    def __init__(self, obs_dim: int, action_dim: int, args: mixture.Args, transforms: int = 2, hidden: int = 64):
         super().__init__(obs_dim, action_dim, args)
         value = self.value
-        del self.value  # to come last again: make_meow_update takes the end of the parameters for V's
+        del self.value  # to come last again: make_update takes the end of the parameters for V's
         self.flow, self.value = splines(obs_dim, action_dim, transforms, hidden), value
 
     def log_prob(self, obs, action):
         z, log_det = self.flow(obs).call_and_ladj(action)
         return super().log_prob(obs, z) + log_det
 
-    def act(self, obs, noise):
-        return self.flow(obs).inv(super().act(obs, noise)).clamp(-1, 1)
-
     def sample(self, obs, deterministic=False):
-        z = super().sample(obs, deterministic)
-        return self.flow(obs).inv(z).clamp(-1, 1) if deterministic else z  # samples are of act
+        return self.flow(obs).inv(super().sample(obs, deterministic)).clamp(-1, 1)
 
 
 class SplineMEow(MixtureSplineMEow):
     """Splines from the uniform distribution alone."""
 
-    def __init__(self, obs_dim: int, action_dim: int, args: meow.Args, transforms: int = 4, hidden: int = 64):
+    def __init__(self, obs_dim: int, action_dim: int, args: mixture.Args, transforms: int = 4, hidden: int = 64):
         super().__init__(obs_dim, action_dim, args, transforms, hidden)
         del self.mixture
 
     def log_prob(self, obs, action):
         return self.flow(obs).call_and_ladj(action)[1] - self.action_dim * math.log(2)
 
-    def act_noise(self, n, rng):
-        return 2 * torch.rand(n, self.action_dim, generator=rng, device=rng.device) - 1
-
-    def act(self, obs, noise):
-        return self.flow(obs).inv(noise).clamp(-1, 1)
-
     def sample(self, obs, deterministic=False):
-        noise = obs.new_zeros(len(obs), self.action_dim)
-        return self.act(obs, noise if deterministic else noise.uniform_(-1, 1))
+        z = (torch.zeros if deterministic else torch.rand)(len(obs), self.action_dim)
+        return self.flow(obs).inv(z if deterministic else 2 * z - 1).clamp(-1, 1)
 
-    @torch.no_grad()
-    def statistics(self, obs):
+    def policy_metrics(self, obs):
         return dict(entropy=-self.log_prob(obs, self.sample(obs)).mean())
 
 
-FLOW = "--density flow --learning-starts 1000"  # more random steps end the flow: docs/results.md
-TRIALS = {  # name -> (flags beside the map's preset, what makes the agent if it is not the script)
-    "mixture of 8, the preset": ("", None),
-    "mixture of 1": ("--components 1", None),
-    "mixture of 2": ("--components 2", None),
-    "mixture of 4": ("--components 4", None),
-    "mixture, min of the heads in the target": ("--clipped-double-q", None),
-    "mixture, 1,000 random steps": ("--learning-starts 1000", None),
-    "mixture, tau 0.02": ("--tau 0.02", None),
-    "mixture, hidden weights from zero": ("", ZeroStartMEow),
-    "mixture under 2 splines": ("", MixtureSplineMEow),
-    "flow, the paper's": (f"{FLOW} --clipped-double-q", None),
-    "flow, mean of the heads": (FLOW, None),
-    "flow, affine couplings": (f"{FLOW} --clipped-double-q --coupling affine", None),
-    "flow, no dropout": (f"{FLOW} --clipped-double-q --dropout 0", None),
-    "flow, hidden weights not from zero": (f"{FLOW} --clipped-double-q", FreeStartMEow),
-    "flow, 8 couplings": (f"{FLOW} --clipped-double-q", DeepMEow),
-    "flow, prior mean of the state": (f"{FLOW} --clipped-double-q", PriorMeanMEow),
-    "splines, 2 transforms": ("", functools.partial(SplineMEow, transforms=2)),
-    "splines, 4 transforms": ("", SplineMEow),
-    "splines, 2 transforms, 256 wide": ("", functools.partial(SplineMEow, transforms=2, hidden=256)),
+TRIALS = {  # name -> (script, flags beside the preset, what makes the agent)
+    "mixture of 8, the preset": (mixture, "", mixture.MixtureMEow),
+    "mixture of 1": (mixture, "--components 1", mixture.MixtureMEow),
+    "mixture of 2": (mixture, "--components 2", mixture.MixtureMEow),
+    "mixture of 4": (mixture, "--components 4", mixture.MixtureMEow),
+    "mixture, min of the heads in the target": (mixture, "--clipped-double-q", mixture.MixtureMEow),
+    "mixture, 1,000 random steps": (mixture, "--learning-starts 1000", mixture.MixtureMEow),
+    "mixture, tau 0.02": (mixture, "--tau 0.02", mixture.MixtureMEow),
+    "mixture, hidden weights from zero": (mixture, "", ZeroStartMEow),
+    "mixture under 2 splines": (mixture, "", MixtureSplineMEow),
+    "flow, the paper's": (meow, "", meow.MEow),
+    "flow, mean of the heads": (meow, "--no-clipped-double-q", meow.MEow),
+    "flow, affine couplings": (meow, "--coupling affine", meow.MEow),
+    "flow, no dropout": (meow, "--dropout 0", meow.MEow),
+    "flow, hidden weights not from zero": (meow, "", FreeStartMEow),
+    "flow, 8 couplings": (meow, "", DeepMEow),
+    "flow, prior mean of the state": (meow, "", PriorMeanMEow),
+    "splines, 2 transforms": (mixture, "", functools.partial(SplineMEow, transforms=2)),
+    "splines, 4 transforms": (mixture, "", SplineMEow),
+    "splines, 2 transforms, 256 wide": (mixture, "", functools.partial(SplineMEow, transforms=2, hidden=256)),
 }
 
 
@@ -213,19 +211,16 @@ def mass(agent: torch.nn.Module, states, cells: int = 400) -> float:
 
 def run(args: Args, name: str, seed: int) -> dict:
     """Train and measure: a row of the CSV. In a process of its own, as it changes the script's module."""
-    flags, make = TRIALS[name]
-    meow.Agent = make or meow.make_meow_agent
+    script, flags, script.Agent = TRIALS[name]
     os.chdir(args.folder)
     exp_name = f"densities_{time.time_ns()}"
     command = ["--env-id", MAP, "--seed", str(seed), "--device", "cpu", "--no-deterministic-eval", "--compile", "off"]
     command += [*shlex.split(flags), *shlex.split(args.flags)]
     sys.stdout = sys.stderr = open(f"{exp_name}.log", "w")  # progress bars of several runs
     start = time.time()
-    trained = meow.parse_args([*command, "--exp-name", exp_name])
-    meow.check_args(trained)
-    (folder,) = meow.train(trained)
+    folder = script.train(script.parse_args([*command, "--exp-name", exp_name]))
     seconds = time.time() - start
-    agent, trained = meow.load_agent(folder / "checkpoint.pt")
+    agent, trained = script.load_agent(folder / "checkpoint.pt")
     env = gym.make(MAP)
     measured = multigoal.measure(agent, trained, env, args.episodes)
     facts = json.loads((folder / "args.json").read_text())
@@ -300,27 +295,15 @@ def main(args: Args) -> int:
     rows = list(csv.DictReader(args.csv.read_text().splitlines())) if args.csv.exists() else []
     finished = {(row["trial"], int(row["seed"])) for row in rows}
     todo = [(name, seed) for seed in args.seeds for name in args.trials if (name, seed) not in finished]
-    os.environ["OMP_NUM_THREADS"] = "1"
-    failed, spawn = [], multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.jobs, spawn, max_tasks_per_child=1) as pool:
-        futures = {pool.submit(run, args, *cell): cell for cell in todo}
-        for (name, seed), future, progress in as_done(futures):
-            progress = f"{progress}: {name}, seed {seed}"
-            try:
-                row = future.result()
-            except Exception as e:  # whatever ended this run; the others go on, and the exit code says so
-                failed.append(f"{name}, seed {seed}")
-                print(f"{progress} failed: {type(e).__name__}: {e}", file=sys.stderr, flush=True)
-                continue
-            rows.append(row)
-            shown = ("reached", "goals", "return", "v_origin", "rmse", "kl", "mass", "seconds")
-            print(progress, *(f"{key} {row[key]}" for key in shown), sep=", ", flush=True)
-            write_csv(args.csv, rows)
+    jobs, failed = {f"{name}, seed {seed}": (args, name, seed) for name, seed in todo}, []
+    for progress, row in run_all(run, jobs, args.jobs, failed):
+        rows.append(row)
+        shown = ("reached", "goals", "return", "v_origin", "rmse", "kl", "mass", "seconds")
+        print(progress, *(f"{key} {row[key]}" for key in shown), sep=", ", flush=True)
+        write_csv(args.csv, rows)
     print(table(rows, args.episodes))
     if args.png:
         draw(rows, args.png)
-    if failed:
-        print(f"failed: {'; '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 

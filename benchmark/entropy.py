@@ -24,7 +24,7 @@ import torch
 import tyro
 
 import s2ac_continuous_action as s2ac
-from benchmark import write_csv
+from benchmark import commit, write_csv
 
 START_VARIANCE, EPS = 6.0, 0.5
 PAPER = dict(particles=200, steps=200, sigma=5.0)
@@ -146,7 +146,7 @@ def table(rows: list[dict]) -> str:
 def main(args: Args) -> None:
     torch.manual_seed(args.seed)
     command = shlex.join(["python", "-m", "benchmark.entropy", *sys.argv[1:]])
-    rows, facts = [], dict(commit=s2ac.commit(), command=command)
+    rows, facts = [], dict(commit=commit(), command=command)
     for target in targets():
         exact = target.entropy()
         for varied, values in SWEEPS.items():

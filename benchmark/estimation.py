@@ -2,12 +2,12 @@
 
     python -m benchmark.estimation --checkpoint runs/RUN/checkpoint.pt --csv NAME.csv --png NAME.png
 
-Q, pi and V = alpha log int exp(Q / alpha) da are those of the checkpoint (the smaller head, as in the target). Q is
-then given to the estimators, by the code of the scripts that train with them, for M = 1 ... 1024 samples:
+Q, pi and V = alpha log int exp(Q / alpha) da are those of the checkpoint, of MEow's script or of its mixture's (the
+smaller of Q_1 and Q_2). Q is then given to the estimators of the other scripts, for M = 1 ... 1024 samples:
 
     SQL, uniform actions         sql_continuous_action.importance_sampled_value
-    SAC, its Gaussian actor      sac_continuous_action.monte_carlo_value; the actor is trained on this Q first
-    SAC, MEow's policy           the same with actions of pi: exact by equation (4), the control of the method
+    SAC, its Gaussian actor      mean of Q - alpha log pi; the actor of sac_continuous_action is trained on this Q first
+    SAC, MEow's policy           the same with actions of pi: exact, which checks the method
 
 at an initial state and over states that the policy visits. Bias: mean of estimate - V; spread: standard deviation of
 an estimate; both by state, then averaged over the states. With D <= 2, V is also integrated by quadrature.
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import tyro
 
-import meow_continuous_action as meow
+import multigoal
 import sac_continuous_action as sac
 import sql_continuous_action as sql
 from benchmark import write_csv
@@ -33,7 +33,7 @@ M = [2**k for k in range(11)]
 @dataclasses.dataclass
 class Args:
     checkpoint: Path
-    """checkpoint of a MEow run"""
+    """checkpoint of a run of MEow or of its mixture"""
     csv: Path
     """table to write"""
     png: Path | None = None
@@ -50,24 +50,23 @@ class Args:
     """seed of the samples"""
 
 
-def visited_states(agent: meow.MEow, env_id: str, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+@torch.no_grad()
+def visited_states(agent: torch.nn.Module, env_id: str, n: int) -> tuple[torch.Tensor, torch.Tensor]:
     """An initial state (1, O), and n (n, O) drawn from ten episodes of sampled actions."""
-    envs = meow.make_envs(env_id, 10)
-    obs, _ = envs.reset(seed=meow.EVAL_SEED)
-    initial, states, active = obs[:1], [], np.ones(10, dtype=bool)
-    while active.any():
-        states += list(obs[active])
-        with torch.no_grad():
-            actions = agent.sample(torch.as_tensor(obs, dtype=torch.float32))
-        obs, _, terminations, truncations, _ = envs.step(actions.numpy())
-        active &= ~(terminations | truncations)
-    chosen = torch.randint(len(states), (n,)).tolist()
-    return tuple(torch.as_tensor(np.array(x), dtype=torch.float32) for x in (initial, [states[i] for i in chosen]))
+    env, states = sac.make_env(env_id), []
+    for i in range(10):
+        obs, done = env.reset(seed=sac.EVAL_SEED + i)[0], False
+        while not done:
+            states.append(torch.from_numpy(obs))
+            obs, _, terminated, truncated, _ = env.step(agent.sample(states[-1][None])[0].numpy())
+            done = terminated or truncated
+    states = torch.stack(states)
+    return states[:1], states[torch.randint(len(states), (n,))]
 
 
-def train_actor(agent: meow.MEow, obs: torch.Tensor, steps: int) -> sac.SAC:
+def train_actor(agent: torch.nn.Module, obs: torch.Tensor, steps: int) -> sac.SAC:
     """SAC's actor, trained by its own loss on this Q, alpha and these states, 16 actions a state and step."""
-    actor = sac.SAC(agent.obs_dim, agent.action_dim, sac.Args(alpha=agent.alpha, autotune=False))
+    actor = sac.SAC(obs.shape[-1], agent.action_dim, sac.Args(alpha=agent.alpha, autotune=False))
     optimizer = torch.optim.Adam(actor.actor.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
@@ -81,7 +80,7 @@ def train_actor(agent: meow.MEow, obs: torch.Tensor, steps: int) -> sac.SAC:
 
 
 @torch.no_grad()
-def draw_samples(name: str, agent: meow.MEow, actor: sac.SAC, obs: torch.Tensor, n: int):
+def draw_samples(name: str, agent: torch.nn.Module, actor: sac.SAC, obs: torch.Tensor, n: int):
     """min_i Q_i and log pi (zeros if uniform), (n,) each, of n actions at one state (1, O)."""
     pieces = []
     for start in range(0, n, 8192):
@@ -98,15 +97,15 @@ def draw_samples(name: str, agent: meow.MEow, actor: sac.SAC, obs: torch.Tensor,
     return tuple(torch.cat(piece) for piece in zip(*pieces, strict=True))
 
 
-def estimates(name: str, agent: meow.MEow, q: torch.Tensor, log_prob: torch.Tensor, m: int) -> torch.Tensor:
-    """Independent estimates of V(s), (n / m,), from m of the n samples each, by the code of SQL or SAC."""
+def estimates(name: str, agent: torch.nn.Module, q: torch.Tensor, log_prob: torch.Tensor, m: int) -> torch.Tensor:
+    """Independent estimates of V(s), (n / m,), from m of the n samples each."""
     if name == UNIFORM:
         return sql.importance_sampled_value(q.view(m, -1), agent.alpha, agent.action_dim)
-    return sac.monte_carlo_value(q.view(m, -1), log_prob.view(m, -1), agent.alpha)
+    return (q - agent.alpha * log_prob).view(m, -1).mean(0)
 
 
 @torch.no_grad()
-def quadrature(agent: meow.MEow, obs: torch.Tensor) -> torch.Tensor:
+def quadrature(agent: torch.nn.Module, obs: torch.Tensor) -> torch.Tensor:
     """alpha log int exp(min_i Q_i / alpha) da, (B,), for D <= 2, by a sum over z with a = tanh z."""
     z = torch.linspace(-6.0, 6.0, 4001 if agent.action_dim == 1 else 241, dtype=torch.float64)
     log_weight = sac.log_one_minus_tanh2(z) + (z[1] - z[0]).log()
@@ -144,11 +143,9 @@ def draw(rows: list[dict], env_id: str, path: Path) -> None:
 
 
 def main(args: Args) -> None:
-    try:
-        agent, trained = meow.load_agent(args.checkpoint)
-    except meow.UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    agent, trained = multigoal.load_policy(args.checkpoint)
+    if not hasattr(agent, "value"):
+        sys.exit(f"error: {args.checkpoint}: {type(agent).__name__} has no exact soft value; expected MEow's")
     torch.manual_seed(args.seed)
     initial, visited = visited_states(agent, trained.env_id, args.states)
     actor = train_actor(agent, torch.cat([initial, visited]), args.actor_steps)

@@ -18,7 +18,7 @@ import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from benchmark import write_csv
-from benchmark.grids import UserError, exit_code
+from benchmark.grids import UserError, exit_code, word_of
 
 REFERENCE = Path(__file__).parent / "reference" / "learning_curves.csv"
 
@@ -69,9 +69,9 @@ def draw(rows: list[dict], env_id: str, path: Path) -> None:
 
     figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
     last = max(row["step"] for row in rows)
-    drawn = {}  # script -> marker
+    drawn = {}  # script's word -> marker
     for command, seed in dict.fromkeys((row["command"], row["seed"]) for row in rows):  # a line a run
-        script = command.partition("_")[0]
+        script = word_of(command.split()[0])
         if script not in drawn:
             drawn[script] = "os^D"[len(drawn) % 4]
             paper = [point for point in reference(env_id, script) if point[0] <= 1.2 * last]

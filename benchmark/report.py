@@ -4,7 +4,7 @@
     python -m benchmark.report benchmark/results/hopper_meow.csv runs/Hopper-v4__* --out report
 
 Reads folders of benchmark.run, run folders, folders of run folders, and CSVs of benchmark.export. The algorithm of a
-run is the first word of the script in its command, its task is --env-id, and the other flags make a variant of the
+run is the word of the script in its command, its task is --env-id, and the other flags make a variant of the
 algorithm (but not --seed, --total-timesteps and the like: PLAIN in scores.py). Flags that all runs share are said once.
 A run is set beside the paper's curve of the same flags: figure 3's of none, figure 6's of its two ablations.
 Writes index.html, which holds everything and opens from disk, and its pictures as PNG; prints the tables as Markdown.

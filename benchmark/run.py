@@ -39,7 +39,7 @@ class Args:
     preset: Literal["smoke", "goal", "cpu", "paper", "ablation"] | None = None
     """a grid from the list: smoke 2 minutes; goal the goal maps; cpu 3 hours on 2 cores; paper all; ablation MEow's"""
     scripts: tuple[str, ...] = ()
-    """scripts, by path or by the first word of this project's; in place of the preset's, as are the next three"""
+    """scripts, by path or by this project's word (meow-mixture); in place of the preset's, as are the next three"""
     env_ids: tuple[str, ...] = ()
     """tasks"""
     seeds: tuple[int, ...] = ()
@@ -48,14 +48,12 @@ class Args:
     """flags that make a variant, without the first dashes: `--variants "" no-reward-shift "coupling affine"`"""
     flags: str = ""
     """flags of every run, in quotes, after the preset's: `--flags="--total-timesteps 50000"`"""
-    num_seeds: int = 1
-    """consecutive seeds that one process trains (the scripts' --num-seeds)"""
     cpus: float = 1.0
     """CPUs of a process, and its OMP_NUM_THREADS"""
     gpus: float = 0.0
     """share of a GPU for a process; with 0 it sees none"""
     retries: int = 1
-    """further attempts at a cell that failed, from its last checkpoint"""
+    """further attempts at a run that failed, from its last checkpoint; a script that begins no run gets none"""
     resume: bool = False
     """go on with the grid that is in the folder"""
     rate: tuple[str, ...] = ()
@@ -76,17 +74,16 @@ def finished(run: Path) -> bool:
 
 def next_command(here: Path, cell: dict) -> list[str] | None:
     """What is left to do in the cell's folder: None, resume a run, or start (what cannot be resumed is set aside)."""
-    script, left = [sys.executable, cell["script"]], [run for run in run_folders(here) if not finished(run)]
-    if len(run_folders(here)) >= len(cell["seeds"]):
-        if not left:
-            return None
+    script, runs = [sys.executable, cell["script"]], run_folders(here)
+    if runs and finished(runs[0]):
+        return None
+    if runs and (runs[0] / "checkpoint.pt").exists():
         usage = subprocess.run([*script, "--help"], capture_output=True, text=True, cwd=here)
-        if "--resume" in usage.stdout and list(left[0].glob("*checkpoint.pt")):
-            return [*script, "--resume", str(left[0].relative_to(here))]
+        if "--resume" in usage.stdout:
+            return [*script, "--resume", str(runs[0].relative_to(here))]
     if (here / "runs").exists():
         (here / "runs").rename(here / f"abandoned-{len(list(here.glob('abandoned-*'))) + 1}")
-    command = [*script, "--env-id", cell["env_id"], "--seed", str(cell["seeds"][0])]
-    command += ["--num-seeds", str(len(cell["seeds"]))] if len(cell["seeds"]) > 1 else []
+    command = [*script, "--env-id", cell["env_id"], "--seed", str(cell["seed"])]
     command += ["--exp-name", f"{Path(cell['script']).stem}.{cell['variant']}"] if cell["variant"] else []
     return command + cell["flags"]
 
@@ -94,33 +91,28 @@ def next_command(here: Path, cell: dict) -> list[str] | None:
 def run_cell(folder: Path, cell: dict, cpus: float, gpus: float) -> dict:
     """One attempt at a cell, in a Ray task: start its script or resume it, its output appended to the cell's log.txt.
 
-    Returns the last command and its exit code (0 if nothing was left to do). When the task is cancelled, the script
-    gets SIGTERM and is waited for.
+    Returns the command and its exit code (0 if nothing was left to do). When the task is cancelled, the script gets
+    SIGTERM and is waited for.
     """
     here = folder / cell["name"]
     here.mkdir(parents=True, exist_ok=True)
     threads = {"OMP_NUM_THREADS": str(max(1, int(cpus)))}
     env = os.environ | threads | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
-    code, command = 0, []
     with open(here / "lock", "a") as lock, open(here / "log.txt", "a") as log:
         # the script holds the lock, too: if it outlives a grid that was killed, the next one waits for it here
         fcntl.flock(lock, fcntl.LOCK_EX)
-        while (following := next_command(here, cell)) and following != command:
-            command = following
-            print(f"\n# {time.strftime('%F %T')} {shlex.join(command)}", file=log, flush=True)
-            files = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[lock.fileno()])
-            process = subprocess.Popen(command, cwd=here, env=env, **files)
-            try:
-                while (code := process.poll()) is None:
-                    time.sleep(0.2)
-            finally:
-                if process.poll() is None:
-                    process.terminate()
-                    process.wait()
-            if code or len(cell["seeds"]) == 1 or "--resume" not in command:
-                break  # of several seeds, one resumed process may have finished its own alone
-        else:
-            code = 1 if following else 0  # resumed, exit code 0, and yet not at its last step
+        if (command := next_command(here, cell)) is None:
+            return dict(command="", exit=0)
+        print(f"\n# {time.strftime('%F %T')} {shlex.join(command)}", file=log, flush=True)
+        files = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[lock.fileno()])
+        process = subprocess.Popen(command, cwd=here, env=env, **files)
+        try:
+            while (code := process.poll()) is None:
+                time.sleep(0.2)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait()
     return dict(command=shlex.join(command), exit=code)
 
 
@@ -204,7 +196,7 @@ def run_grid(folder: Path, cells: dict[str, dict], args: Args) -> int:
         cell["log"] = f"{cell['name']}/log.txt"
         cell["runs"] = [str(run.relative_to(folder)) for run in run_folders(folder / cell["name"])]
         tries[cell["name"]] += 1
-        again = last["exit"] not in (0, 2) and tries[cell["name"]] <= args.retries
+        again = last["exit"] != 0 and cell["runs"] and tries[cell["name"]] <= args.retries
         progress.print(f"{'retry' if again else cell['state']}: {cell['name']}", soft_wrap=True)
         if cell["name"] in bars:
             progress.remove_task(bars.pop(cell["name"]))
@@ -264,8 +256,8 @@ def run_grid(folder: Path, cells: dict[str, dict], args: Args) -> int:
 
 def main(args: Args) -> int:
     """Returns the exit code. Raises UserError."""
-    if min(args.num_seeds, args.cpus) <= 0 or args.gpus < 0 or args.retries < 0:
-        raise UserError("--num-seeds and --cpus must be positive, --gpus and --retries not negative")
+    if args.cpus <= 0 or args.gpus < 0 or args.retries < 0:
+        raise UserError("--cpus must be positive, --gpus and --retries not negative")
     folder, cells = args.folder.resolve(), grid(args)
     manifest = folder / "grid.json"
     if manifest.exists() and not args.resume:
@@ -275,12 +267,8 @@ def main(args: Args) -> int:
         cells = merge(old, cells)
     if not cells:
         raise UserError(f"nothing to run: {args.folder} has no grid, and there is no --preset and no --scripts")
-    for script in {cell["script"] for cell in cells.values() if len(cell["seeds"]) > 1 and cell["state"] != "done"}:
-        usage = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True).stdout
-        if "--num-seeds" not in usage:
-            raise UserError(f"{script} has no --num-seeds")
     left = [cell for cell in cells.values() if cell["state"] != "done"]
-    print(f"to run: {estimate(left, args.rate)}; done before: {len(cells) - len(left)} processes", flush=True)
+    print(f"to run: {estimate(left, args.rate)}; done before: {len(cells) - len(left)}", flush=True)
     if args.dry_run:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` closes the pipe
         print("\n".join(f"{cell['state']:12}{cell['name']} {shlex.join(cell['flags'])}" for cell in cells.values()))

@@ -13,13 +13,11 @@ the difference. Exit code: 1 if a run failed.
 
 import csv
 import dataclasses
-import multiprocessing
 import os
 import shlex
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,10 +27,9 @@ import torch
 import tyro
 
 import sac_continuous_action as sac
-from benchmark import as_done, write_csv
+from benchmark import ROOT, commit, run_all, write_csv
 from benchmark.export import curve
 
-ROOT = Path(__file__).resolve().parent.parent
 LIBRARIES = ("this project", "Stable-Baselines3")
 
 
@@ -79,9 +76,9 @@ def train_sb3(args: Args, seed: int) -> list[dict]:
     from stable_baselines3.common.callbacks import BaseCallback
 
     torch.set_num_threads(1)
-    eval_envs = sac.make_envs(args.env_id, 10)
+    eval_args, eval_envs = sac.Args(args.env_id, device="cpu"), [sac.make_env(args.env_id) for _ in range(10)]
     versions = f"stable-baselines3 {stable_baselines3.__version__}, torch {torch.__version__}"
-    about = dict(seed=seed, commit=sac.commit(), machine=f"{os.cpu_count()} cores, 1 torch thread, {versions}")
+    about = dict(seed=seed, commit=commit(), machine=f"{os.cpu_count()} cores, 1 torch thread, {versions}")
     about["command"] = shlex.join(["python", "-m", "benchmark.sb3", *sys.argv[1:]])
     rows, steps, start = [], evaluation_steps(args), time.time()
 
@@ -90,7 +87,7 @@ def train_sb3(args: Args, seed: int) -> list[dict]:
             if self.num_timesteps in steps:
                 actor = self.model.policy.actor
                 policy = SimpleNamespace(sample=lambda obs, deterministic: actor(obs, deterministic=deterministic))
-                returns, _ = sac.evaluate(policy, eval_envs, True, torch.device("cpu"))
+                returns, _ = sac.evaluate(policy, eval_envs, eval_args)
                 sps = round(self.num_timesteps / (time.time() - start), 1)
                 rows.append({"step": self.num_timesteps, "return": round(float(returns.mean()), 2), "SPS": sps} | about)
             return True
@@ -136,25 +133,17 @@ def main(args: Args) -> int:
     path = args.csv or Path("runs") / f"sb3_{args.env_id}.csv"
     rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
     finished = {(row["library"], int(row["seed"])) for row in wanted(args, rows)}
-    jobs, failed = [(library, seed) for seed in args.seeds for library in LIBRARIES], []
-    os.environ["OMP_NUM_THREADS"] = "1"
-    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(run, args, *job): job for job in jobs if job not in finished}
-        for (library, seed), future, progress in as_done(futures):
-            try:
-                new = future.result()
-                print(f"{progress}: {library}, seed {seed}: last evaluation {new[-1]['return']}", flush=True)
-            except Exception as e:  # whatever ended this run; the others go on, and the exit code says so
-                failed.append(f"{library}, seed {seed}")
-                print(f"{progress}: {failed[-1]} failed: {e}", file=sys.stderr, flush=True)
-                continue
-            rows += new
-            write_csv(path, rows)
+    cells, failed = [(library, seed) for seed in args.seeds for library in LIBRARIES], []
+    jobs = {
+        f"{library}, seed {seed}": (args, library, seed) for library, seed in cells if (library, seed) not in finished
+    }
+    for progress, new in run_all(run, jobs, args.jobs, failed):
+        print(f"{progress}: last evaluation {new[-1]['return']}", flush=True)
+        rows += new
+        write_csv(path, rows)
     both = tuple(seed for seed in args.seeds if not any(f"{library}, seed {seed}" in failed for library in LIBRARIES))
     if both:
         report(wanted(args, rows), both)
-    if failed:
-        print(f"failed: {'; '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -1,6 +1,6 @@
 """Runs read from folders and CSVs, the references' curves, and intervals by rliable: what benchmark.report prints.
 
-What a run is, is read off its command: the algorithm is the script's first word, the task is --env-id, and the other
+What a run is, is read off its command: the algorithm is the script's word, the task is --env-id, and the other
 flags make a variant of the algorithm, apart from PLAIN, which change no algorithm, and those that all runs share. The
 references are for runs without such flags, shared or not, but for the ablations'.
 """
@@ -18,13 +18,13 @@ import numpy as np
 from rliable import library
 
 from benchmark.export import REFERENCE, curve
-from benchmark.grids import UserError, run_folders
+from benchmark.grids import UserError, run_folders, word_of
 
 COLUMNS = ["step", "return", "SPS", "seed", "commit", "machine", "command"]
-NAMES = {"meow": "MEow", "sac": "SAC", "sql": "SQL", "s2ac": "S2AC"}
-PLAIN = "env-id seed num-seeds exp-name total-timesteps device track wandb-project-name wandb-entity capture-video"
-PLAIN = {*PLAIN.split(), "eval-frequency", "eval-episodes", "compile", "torch-deterministic", "resume", "debug"}
-PLAIN |= {"total-steps", "async-envs", "checkpoint-frequency", "checkpoint-minutes"}
+NAMES = {"meow": "MEow", "meow-mixture": "MEow mixture", "sac": "SAC", "sql": "SQL", "s2ac": "S2AC"}
+PLAIN = "env-id seed exp-name total-timesteps total-steps device compile torch-deterministic track capture-video resume"
+PLAIN = {*PLAIN.split(), "eval-frequency", "eval-episodes", "checkpoint-frequency"}
+PLAIN |= {*"num-seeds async-envs checkpoint-minutes debug wandb-project-name wandb-entity".split()}  # of older commits
 PAPER = "MEow paper figure 3 (digitised)"
 ABLATION = "MEow paper figure 6 ablation (digitised)"
 ABLATIONS = {frozenset({"no-reward-shift"}): "MEow vanilla", frozenset({"no-clipped-double-q"}): "MEow LRS only"}
@@ -62,7 +62,7 @@ def describe(command: str) -> tuple[str, str, frozenset[str]]:
         words.pop(0)
     if not words or not all(word.startswith("--") for word in words[1:2]):
         raise UserError(f"not the command of a script: {command}")
-    flags, algorithm = {}, Path(words[0]).stem.split("_")[0]
+    flags, algorithm = {}, word_of(words[0])
     for word in words[1:]:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")

@@ -18,14 +18,11 @@ failed; the others are done.
 import csv
 import dataclasses
 import json
-import multiprocessing
-import os
 import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import gymnasium as gym
@@ -33,11 +30,10 @@ import numpy as np
 import tyro
 
 import multigoal
-from benchmark import as_done, write_csv
+from benchmark import run_all, write_csv
+from benchmark.grids import script_of
 
-ROOT = Path(__file__).resolve().parent.parent
-FLAGS = {"meow-flow": "--density flow --clipped-double-q --learning-starts 1000"}  # the paper's
-FLAGS |= {f"s2ac-{variant}": f"--variant {variant}" for variant in ("phi", "phi-theta", "phi-theta-psi")}
+FLAGS = {f"s2ac-{variant}": f"--variant {variant}" for variant in ("phi", "phi-theta", "phi-theta-psi")}
 # Beside half the presets' steps. S2AC has half the updates of the others, and rates to learn in them, not its preset's
 SHORT = {"sql": "--batch-size 64", "s2ac": "--batch-size 32 --utd 0.5 --tau 0.01 --learning-rate 1e-3"}
 OWN_ALPHA = dict(zip(multigoal.MAPS, (2.5, 10.0), strict=True))  # the presets'
@@ -45,8 +41,8 @@ OWN_ALPHA = dict(zip(multigoal.MAPS, (2.5, 10.0), strict=True))  # the presets'
 
 @dataclasses.dataclass
 class Args:
-    algorithms: tuple[str, ...] = ("meow", "meow-flow", "sac", "sql", *(a for a in FLAGS if a.startswith("s2ac")))
-    """scripts to compare, by the start of their names, then the variant; meow-flow: the paper's density and target"""
+    algorithms: tuple[str, ...] = ("meow-mixture", "meow", "sac", "sql", *FLAGS)
+    """scripts to compare, by their words; s2ac's with its variant"""
     env_ids: tuple[str, ...] = multigoal.MAPS
     """maps"""
     alphas: tuple[float, ...] = (1.0, 2.5, 10.0, 20.0)
@@ -72,8 +68,8 @@ class Args:
 
 def command_of(args: Args, algorithm: str, env_id: str, alpha: float, seed: int) -> list[str]:
     """The command line that trains a cell."""
-    script = algorithm.split("-")[0]
-    command = [sys.executable, str(ROOT / f"{script}_continuous_action.py"), "--env-id", env_id, "--seed", str(seed)]
+    script = "s2ac" if algorithm in FLAGS else algorithm
+    command = [sys.executable, str(script_of(script)), "--env-id", env_id, "--seed", str(seed)]
     command += ["--device", "cpu", *FLAGS.get(algorithm, "").split()]
     if not args.presets:
         command += ["--alpha", f"{alpha:g}", "--total-timesteps", str(args.total_timesteps)]
@@ -255,32 +251,19 @@ def main(args: Args) -> int:
     todo = {}  # cells that one run will do for -> their algorithms
     for algorithm, *cell in (cell for cell in wanted if cell not in finished):
         todo.setdefault((algorithm.removesuffix("-psi"), *cell), []).append(algorithm)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    failed = []
-    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-        futures = {
-            pool.submit(run, args, sorted(algorithms), *cell): (sorted(algorithms), *cell)
-            for (_, *cell), algorithms in todo.items()
-        }
-        for (algorithms, env_id, alpha, seed), future, progress in as_done(futures):
-            cell = f"{env_id} alpha {alpha:g} seed {seed}"
-            try:
-                new = future.result()
-            except Exception as e:  # whatever ended this run; the others go on, and the exit code says so
-                failed.append(f"{' and '.join(algorithms)} {cell}")
-                print(f"{progress}: {failed[-1]} failed: {e}", file=sys.stderr, flush=True)
-                continue
-            rows += new
-            shown = ("reached", "goals", "return", "v_origin", "rmse", "kl", "hits", "reached_after_hit", "seconds")
-            for row in new:
-                facts = (f"{key} {row[key]}" for key in shown)
-                print(f"{progress}: {row['algorithm']} {cell}", *facts, sep=", ", flush=True)
-            write_csv(args.csv, rows)
+    jobs, failed = {}, []
+    for (_, env_id, alpha, seed), algorithms in todo.items():
+        name = f"{' and '.join(sorted(algorithms))} {env_id} alpha {alpha:g} seed {seed}"
+        jobs[name] = (args, sorted(algorithms), env_id, alpha, seed)
+    for progress, new in run_all(run, jobs, args.jobs, failed):
+        rows += new
+        shown = ("algorithm", "reached", "goals", "return", "v_origin", "rmse", "kl", "hits", "reached_after_hit")
+        for row in new:
+            print(progress, *(f"{key} {row[key]}" for key in (*shown, "seconds")), sep=", ", flush=True)
+        write_csv(args.csv, rows)
     print(table(rows, args.episodes))
     if args.png:
         draw(args, rows)
-    if failed:
-        print(f"failed: {'; '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -3,7 +3,7 @@
     python -m benchmark.tune runs/tuning --script meow --env-id Hopper-v4 --flags="--total-timesteps 50000" \\
         --space learning_rate=log:1e-4:1e-2 tau=log:1e-4:1e-2 clipped_double_q=bool --trials 30
 
-A trial's score is the mean of its last five evaluations, over its seeds. It is reported at every evaluation, and a
+A trial's score is the mean of its last five evaluations. It is reported at every evaluation, and a
 trial below the median of the others at that step is stopped. The study is study.log in the folder; the same command
 goes on with it, and with the trials that were interrupted from their checkpoints. Prints the best flags as a command
 line. The best score of many is too high an estimate of what its flags reach: train them again with other seeds.
@@ -14,6 +14,7 @@ to its end, 2 a mistake in the flags, 130 or 143 interrupted.
 
 import dataclasses
 import fcntl
+import functools
 import shlex
 import signal
 import sys
@@ -24,7 +25,7 @@ import optuna
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from benchmark.grids import ROOT, UserError, exit_code
+from benchmark.grids import UserError, exit_code, script_of
 from benchmark.run import run_cell, run_folders, start_ray, stop_tasks, tail
 from benchmark.scores import LAST
 
@@ -38,15 +39,13 @@ class Args:
     space: tuple[str, ...]
     """NAME=log:LOW:HIGH, uniform:LOW:HIGH, int:LOW:HIGH, choice:A,B,C or bool, for flags of the script"""
     script: str = "meow"
-    """script, by path or by the first word of this project's"""
+    """script, by path or by this project's word (meow-mixture)"""
     flags: str = ""
     """flags of every trial, in quotes: `--flags="--total-timesteps 50000"`"""
     trials: int = 20
     """trials of the study in all"""
     seed: int = 1
-    """first seed of each trial, and the seed of the sampler"""
-    num_seeds: int = 1
-    """seeds of a trial, in one process (the script's --num-seeds)"""
+    """seed of each trial, and of the sampler"""
     startup_trials: int = 5
     """trials that come to their end before any is stopped early, and that are drawn at random"""
     cpus: float = 1.0
@@ -79,15 +78,17 @@ def suggest(trial: optuna.Trial, space: tuple[str, ...]) -> list[str]:
     return flags
 
 
-def scores(readers: list[EventAccumulator]) -> dict[int, float]:
-    """Step -> mean of the last evaluations up to it, over the seeds, at the steps that all have reached."""
-    curves = []
-    for reader in readers:
-        has = "eval/episodic_return" in reader.Reload().Tags()["scalars"]
-        curves.append({e.step: e.value for e in reader.Scalars("eval/episodic_return")} if has else {})
-    steps = sorted(set.intersection(*map(set, curves))) if curves else []
-    means = [float(np.mean([curve[step] for curve in curves])) for step in steps]
-    return {step: float(np.mean(means[max(0, i + 1 - LAST) : i + 1])) for i, step in enumerate(steps)}
+@functools.cache
+def events_of(run: Path) -> EventAccumulator:
+    return EventAccumulator(str(run))
+
+
+def scores(run: Path) -> dict[int, float]:
+    """Step -> mean of the last evaluations up to it."""
+    events = events_of(run).Reload()
+    has = "eval/episodic_return" in events.Tags()["scalars"]
+    curve = {e.step: e.value for e in events.Scalars("eval/episodic_return")} if has else {}
+    return {step: float(np.mean(list(curve.values())[: i + 1][-LAST:])) for i, step in enumerate(curve)}
 
 
 def open_study(args: Args) -> optuna.Study:
@@ -101,7 +102,7 @@ def open_study(args: Args) -> optuna.Study:
         sampler=optuna.samplers.TPESampler(seed=args.seed, n_startup_trials=args.startup_trials),
         pruner=optuna.pruners.MedianPruner(n_startup_trials=args.startup_trials),
     )
-    what = {key: getattr(args, key) for key in ("script", "env_id", "flags", "seed", "num_seeds")}
+    what = {key: getattr(args, key) for key in ("script", "env_id", "flags", "seed")}
     what["space"] = list(args.space)
     for key, value in study.user_attrs.items():
         if what[key] != value:
@@ -117,7 +118,7 @@ def open_study(args: Args) -> optuna.Study:
 def search(study: optuna.Study, args: Args, script: Path) -> None:
     """Run trials until there are as many as asked for. Whatever stops it, their scripts are stopped first."""
     ray = start_ray()
-    states, running, readers, failed = optuna.trial.TrialState, {}, {}, []
+    states, running, failed = optuna.trial.TrialState, {}, []
     task = ray.remote(run_cell).options(num_cpus=args.cpus, num_gpus=args.gpus, max_retries=0)
     has, needs = ray.cluster_resources(), {"CPU": args.cpus, "GPU": args.gpus}
     places = min(int(has.get(kind, 0) / share) for kind, share in needs.items() if share)
@@ -132,14 +133,13 @@ def search(study: optuna.Study, args: Args, script: Path) -> None:
         trial = study.ask()
         trial.set_user_attr("cell", trial.user_attrs.get("cell", f"trial-{trial.number}"))
         trial.set_user_attr("flags", shlex.join(suggest(trial, args.space)))
-        cell = dict(name=trial.user_attrs["cell"], script=str(script), env_id=args.env_id, variant="")
-        cell |= dict(seeds=list(range(args.seed, args.seed + args.num_seeds)))
+        cell = dict(name=trial.user_attrs["cell"], script=str(script), env_id=args.env_id, variant="", seed=args.seed)
         cell |= dict(flags=shlex.split(f"{args.flags} {trial.user_attrs['flags']}"))
         running[task.remote(args.folder, cell, args.cpus, args.gpus)] = trial
 
     def report(trial: optuna.Trial) -> dict[int, float]:
         runs = run_folders(args.folder / trial.user_attrs["cell"])
-        found = scores([readers.setdefault(run, EventAccumulator(str(run))) for run in runs])
+        found = scores(runs[0]) if runs else {}
         for step in sorted(found.keys() - study.trials[trial.number].intermediate_values.keys()):
             trial.report(found[step], step)
         return found
@@ -177,11 +177,9 @@ def search(study: optuna.Study, args: Args, script: Path) -> None:
 
 def main(args: Args) -> int:
     """Returns the exit code. Raises UserError."""
-    script = Path(args.script) if args.script.endswith(".py") else ROOT / f"{args.script}_continuous_action.py"
-    if not script.is_file():
-        raise UserError(f"{args.script}: no such script")
-    if min(args.trials, args.num_seeds, args.cpus) <= 0 or min(args.gpus, args.startup_trials) < 0:
-        raise UserError("--trials, --num-seeds and --cpus must be positive, --gpus and --startup-trials not negative")
+    script = script_of(args.script)
+    if min(args.trials, args.cpus) <= 0 or min(args.gpus, args.startup_trials) < 0:
+        raise UserError("--trials and --cpus must be positive, --gpus and --startup-trials not negative")
     suggest(optuna.create_study().ask(), args.space)  # a mistake is found before anything is written
     args.folder = args.folder.resolve()
     args.folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +187,7 @@ def main(args: Args) -> int:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             study = open_study(args)
-            search(study, args, script.resolve())
+            search(study, args, script)
         except BlockingIOError as e:
             raise UserError(f"another benchmark.tune works on {args.folder}") from e
         except KeyboardInterrupt as e:
