@@ -284,8 +284,8 @@ class MEow(nn.Module):
 
     def sample(self, obs: torch.Tensor, deterministic: bool = False) -> torch.Tensor:
         """Actions (B, D), equation (5), of u ~ N(0, I) or, if deterministic, of its mode u = 0 (Proposition 2)."""
-        u = (torch.zeros if deterministic else torch.randn)(len(obs), self.action_dim, device=obs.device)
-        z = self.value.log_sigma(obs).exp() * u
+        sigma = self.value.log_sigma(obs).exp()  # (B, D)
+        z = sigma * (torch.zeros_like if deterministic else torch.randn_like)(sigma)  # sigma(s) u
         for coupling in self.couplings:
             z = coupling(z, obs)
         return torch.tanh(z)

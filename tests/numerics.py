@@ -21,13 +21,31 @@ def random_batch(n: int, obs_dim: int, action_dim: int) -> tuple[torch.Tensor, .
     """obs, actions, rewards, next_obs, terminations in float64: the fields of a script's Batch."""
     obs, next_obs = torch.randn(2, n, obs_dim, dtype=torch.float64)
     actions = torch.rand(n, action_dim, dtype=torch.float64) * 2 - 1
-    return (obs, actions, torch.randn(n).double(), next_obs, (torch.rand(n) < 0.3).double())
+    return (obs, actions, torch.randn(n, 1).double(), next_obs, (torch.rand(n, 1) < 0.3).double())
 
 
-def update_of(module, agent, args):
-    """A script's update of one agent as update(batch, noise, n) -> statistics (L,), and the target that it moves."""
-    update, learner = module.make_update([agent], args)
-    return lambda batch, noise, n: update(*(x[None] for x in (*batch, *noise)), n=n)[0], learner["target"][0]
+class OneBatch:
+    """In the place of a script's replay buffer: what it draws is given."""
+
+    def __init__(self, obs_dim: int, action_dim: int):
+        self.widths = (obs_dim, action_dim, 1, obs_dim, 1)
+
+    def sample(self, batch_size: int):
+        assert len(self.batch.obs) == batch_size
+        return self.batch
+
+
+def update_of(module, agent, args, obs_dim: int = 6):
+    """A script's update as update(batch) -> metrics, and the target that it moves. Noise is of torch's generator."""
+    buffer = OneBatch(obs_dim, agent.action_dim)
+    update, metrics, learner = module.make_update(agent, buffer, args)
+
+    def update_with(batch) -> torch.Tensor:
+        buffer.batch = batch
+        update()
+        return metrics.clone()
+
+    return update_with, learner["target"]
 
 
 def check_score(module, agent) -> None:
