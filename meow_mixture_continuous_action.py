@@ -131,7 +131,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 def make_env(env_id: str, video_folder: Path | None = None) -> gym.Env:
     """The task with actions (D,) in [-1, 1] and observations (O,), both finite. Ends the program for other tasks."""
     try:
-        env = gym.make(env_id, render_mode="rgb_array" if video_folder else None)
+        env = gym.make(env_id, **(dict(render_mode="rgb_array") if video_folder else {}))
     except (gym.error.Error, ImportError) as e:
         sys.exit(f"error: --env-id {env_id}: {e}")
     box, obs = env.action_space, env.observation_space
