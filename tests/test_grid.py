@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import meow_continuous_action as meow
+import meow_mixture_continuous_action as mixture
 import sac_continuous_action as sac
 import sql_continuous_action as sql
 from benchmark import grids, run
@@ -62,7 +63,7 @@ def test_a_crash_stops_nothing_else_and_is_reported(tmp_path):
     flags = ["--scripts", FAKE, "--env-ids", "Crash-v0", "Mistake-v0", "Good-v0", "--seeds", "1", "2"]
     code, out, err = wait(start(tmp_path / "g", *flags, "--flags=--level 3"))
     assert code == 1, err
-    assert "to run: 6 runs in 6 processes, 6,000,000 environment steps, about 14 CPU hours" in out
+    assert "to run: 6 runs, 6,000,000 environment steps, about 14 CPU hours" in out
     grid = cells(tmp_path / "g")
     assert {name: cell["state"] for name, cell in grid.items()} == {
         f"fake_script__{task}-v0__seed{seed}": state
@@ -71,7 +72,7 @@ def test_a_crash_stops_nothing_else_and_is_reported(tmp_path):
     }
     crash, mistake, good = (grid[f"fake_script__{task}-v0__seed2"] for task in ("Crash", "Mistake", "Good"))
     assert [a["exit"] for a in crash["attempts"]] == [1, 1] and "--resume runs/" in crash["attempts"][1]["command"]
-    assert [a["exit"] for a in mistake["attempts"]] == [2] and [a["exit"] for a in good["attempts"]] == [0]
+    assert [a["exit"] for a in mistake["attempts"]] == [1] and [a["exit"] for a in good["attempts"]] == [0]
     assert "--env-id Good-v0 --seed 2 --level 3" in good["attempts"][0]["command"]
     assert "failed: fake_script__Crash-v0__seed2, exit code 1" in out
     assert "FloatingPointError: the loss is not finite at step 60" in out and "error: no task Mistake-v0" in out
@@ -85,7 +86,7 @@ def test_a_crash_stops_nothing_else_and_is_reported(tmp_path):
 
     more = ["--resume", "--retries", "0", "--scripts", FAKE, "--env-ids", "Good-v0", "--seeds", "2", "3"]
     code, out, err = wait(start(tmp_path / "g", *more, "--flags=--level 3"))
-    assert code == 1 and "to run: 5 runs in 5 processes" in out and "done before: 2 processes" in out
+    assert code == 1 and "to run: 5 runs," in out and "done before: 2" in out
     after, grid = steps(tmp_path / "g"), cells(tmp_path / "g")
     assert all(after[Path(c["runs"][0]).name] == list(range(10, 101, 10)) for c in grid.values() if "Good" in c["name"])
     assert len(grid["fake_script__Crash-v0__seed1"]["attempts"]) == 3
@@ -96,12 +97,12 @@ def test_killed_and_interrupted_grid_resumes(tmp_path):
     """SIGKILL, then Ctrl-C, then the end: every step of every seed is executed once, in one folder a seed."""
     folder = tmp_path / "g"
     flags = ["--scripts", FAKE, "--env-ids", "Good-v0", "--seeds", "1", "2", "3"]
-    process = start(folder, *flags, "--flags=--total-timesteps 1000 --seconds 0.1")
+    process = start(folder, *flags, "--flags=--total-timesteps 600 --seconds 0.1")
     until(lambda: any(len(s) > 5 for s in steps(folder).values()))
     process.kill()
     wait(process)
     killed = settled(folder)
-    assert len(killed) < 3 and all(len(s) < 100 for s in killed.values())
+    assert len(killed) < 3 and all(len(s) < 60 for s in killed.values())
 
     process = start(folder, "--resume")
     until(lambda: any(len(s) > len(killed.get(name, ())) + 5 for name, s in steps(folder).items()))
@@ -115,7 +116,7 @@ def test_killed_and_interrupted_grid_resumes(tmp_path):
 
     code, out, err = wait(start(folder, "--resume"))
     assert code == 0 and "3 done, 0 failed" in out, out + err
-    assert sorted(steps(folder).values()) == [list(range(10, 1001, 10))] * 3
+    assert sorted(steps(folder).values()) == [list(range(10, 601, 10))] * 3
     assert any("--resume runs/" in log.read_text() for log in folder.glob("*/log.txt"))  # whichever start resumed it
     code, out, err = wait(start(folder, "--resume"))
     assert code == 0 and "to run: 0 runs" in out
@@ -124,28 +125,21 @@ def test_killed_and_interrupted_grid_resumes(tmp_path):
 @pytest.fixture
 def cell(tmp_path):
     flags = ["--total-timesteps", "50"]
-    return dict(name="c", script=FAKE, env_id="Good-v0", variant="fast", flags=flags, seeds=[4, 5])
+    return dict(name="c", script=FAKE, env_id="Good-v0", variant="fast", flags=flags, seed=4)
 
 
-def test_several_seeds_in_a_process(tmp_path, cell):
-    """One process has both seeds; where one of them is left, it alone goes on."""
-    result = run.run_cell(tmp_path, cell, 2.0, 0.0)
-    assert result["exit"] == 0 and "--seed 4 --num-seeds 2 --exp-name fake_script.fast" in result["command"]
-    folders = run.run_folders(tmp_path / "c")
-    assert [json.loads((f / "args.json").read_text())["args"]["seed"] for f in folders] == [4, 5]
-    assert run.run_cell(tmp_path, cell, 1.0, 0.0) == dict(command="", exit=0)
-    for folder in folders:
-        cell["flags"] = ["--total-timesteps", "50"]
-        facts = json.loads((folder / "args.json").read_text())
-        facts["args"]["total_timesteps"] = 80
-        (folder / "args.json").write_text(json.dumps(facts))
+def test_cell_is_run_once_and_resumed_where_steps_are_left(tmp_path, cell):
     result = run.run_cell(tmp_path, cell, 1.0, 0.0)
-    assert result["exit"] == 0 and "--resume runs/Good-v0__fake_script.fast__5__" in result["command"]
-    assert [len(s) for s in steps(tmp_path).values()] == [8, 8]
+    assert result["exit"] == 0 and "--seed 4 --exp-name fake_script.fast" in result["command"]
+    assert run.run_cell(tmp_path, cell, 1.0, 0.0) == dict(command="", exit=0)
+    (folder,) = run.run_folders(tmp_path / "c")
+    (folder / "args.json").write_text((folder / "args.json").read_text().replace("50", "80"))
+    result = run.run_cell(tmp_path, cell, 1.0, 0.0)
+    assert result["exit"] == 0 and "--resume runs/Good-v0__fake_script.fast__4__" in result["command"]
+    assert list(steps(tmp_path).values()) == [list(range(10, 81, 10))]
 
 
 def test_run_without_a_checkpoint_or_of_a_script_without_resume_starts_anew(tmp_path, cell):
-    cell["seeds"] = [4]
     cell["script"] = str(tmp_path / "old_script.py")
     Path(cell["script"]).write_text(
         Path(FAKE).read_text().replace('parser.add_argument("--resume")', "").replace("args.resume", "0")
@@ -159,7 +153,6 @@ def test_run_without_a_checkpoint_or_of_a_script_without_resume_starts_anew(tmp_
 
 
 def test_script_that_outlived_a_killed_grid_is_waited_for(tmp_path, cell):
-    cell["seeds"] = [4]
     (tmp_path / "c").mkdir()
     with open(tmp_path / "c" / "lock", "a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -182,22 +175,16 @@ def test_one_grid_a_folder(tmp_path):
     [
         (dict(), "nothing to run"),
         (dict(scripts=(FAKE,)), "needs --preset, or --scripts and --env-ids"),
-        (dict(resume=True, flags="--tau 1"), "--flags and --num-seeds are for cells of --preset or --scripts"),
-        (dict(resume=True, num_seeds=2), "cells that are in the grid keep theirs"),
+        (dict(resume=True, flags="--tau 1"), "--flags is for cells of --preset or --scripts"),
         (dict(scripts=("nothing",), env_ids=("A-v0",)), "nothing: no such script"),
-        (dict(preset="smoke", seeds=(1, 3), num_seeds=2), "consecutive seeds, not [1, 3]"),
         (dict(preset="smoke", rate=("meow",)), "meow=120"),
         (dict(preset="smoke", rate=("meow=0",)), "meow=120"),
         (dict(preset="smoke", cpus=0), "must be positive"),
         (
             dict(preset="cpu", env_ids=("Hopper-v4",)),
-            "meow_continuous_action__Hopper-v4__seed1 is in the grid with other",
+            "sac_continuous_action__Hopper-v4__seed1 is in the grid with other",
         ),
-        (dict(preset="smoke", resume=True, seeds=(1,), num_seeds=2, flags="--tau 1"), "with other flags"),
-        (
-            dict(preset="smoke", resume=True, seeds=(1, 2), num_seeds=2),
-            "seed1-2: seed 1 is in meow_continuous_action__Hopper-v4__seed1, too",
-        ),
+        (dict(preset="smoke", resume=True, seeds=(1,), flags="--tau 1"), "with other flags"),
     ],
 )
 def test_mistakes(tmp_path, flags, message):
@@ -221,22 +208,20 @@ def test_scripts_of_one_file_name(tmp_path):
 
 def test_presets_and_their_cost(capsys):
     """The numbers of steps are those of the scripts' own presets."""
-    for module in (meow, sac, sql):
+    for module in (meow, mixture, sac, sql):
         for env_id, total in grids.STEPS.items():
             assert module.PRESETS[env_id]["total_timesteps"] == total
-    paper = grids.grid(run.Args(Path("g"), "paper", num_seeds=5, flags="--alpha 1")).values()
-    assert len(paper) == 15 and all(
-        cell["seeds"] == [1, 2, 3, 4, 5] and cell["flags"] == ["--alpha", "1"] for cell in paper
-    )
+    paper = grids.grid(run.Args(Path("g"), "paper", flags="--alpha 1")).values()
+    assert len(paper) == 75 and all(cell["flags"] == ["--alpha", "1"] for cell in paper)
     assert grids.estimate(list(paper), ("meow=100", "sac=100", "sql=50")) == (
-        "75 runs in 15 processes, 240,000,000 environment steps, about 889 CPU hours "
+        "75 runs, 240,000,000 environment steps, about 889 CPU hours "
         "(steps a second and core: meow 100, sac 100, sql 50)"
     )
     run.main(run.Args(Path("g"), "ablation", dry_run=True))
     out = capsys.readouterr().out
-    assert "15 runs in 15 processes, 2,250,000 environment steps" in out
+    assert "15 runs, 2,250,000 environment steps" in out
     assert "meow_continuous_action__Hopper-v4__coupling-affine__seed3 --total-timesteps 150000 --coupling affine" in out
     for preset in grids.PRESETS:  # flags that the scripts know, with values that they accept
         for cell in grids.grid(run.Args(Path("g"), preset)).values():
-            module = {m.__name__: m for m in (meow, sac, sql)}[Path(cell["script"]).stem]
+            module = {m.__name__: m for m in (meow, mixture, sac, sql)}[Path(cell["script"]).stem]
             assert module.parse_args(["--env-id", cell["env_id"], *cell["flags"]]).env_id == cell["env_id"]

@@ -3,6 +3,7 @@
 import csv
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -24,11 +25,12 @@ def start(folder: Path, *flags: str) -> subprocess.Popen:
 
 
 def test_search_is_interrupted_goes_on_and_finds(tmp_path):
-    """The return is --level + step/100 + seed: the best trial has the largest level, and bad ones are stopped early.
-    What Ctrl-C interrupts goes on from its checkpoint: no step of a trial is executed twice."""
-    flags = ["--space", "level=uniform:0:10", "--trials", "7", "--startup-trials", "2", "--num-seeds", "2"]
-    flags += ["--flags=--total-timesteps 150 --seconds 0.6 --hold 24"]
-    process = start(tmp_path, *flags)
+    """The return is --level + step/100 + seed: the best trial has the largest level. Trials run one by one, and with
+    --hold one below the median of those before waits at half of its steps until it is stopped. What Ctrl-C interrupts
+    goes on from its checkpoint: no step of a trial is executed twice."""
+    flags = ["--space", "level=uniform:0:10", "--trials", "6", "--startup-trials", "1", f"--cpus={os.cpu_count()}"]
+    fixed = "--total-timesteps 100 --seconds 0.3 --hold"
+    process = start(tmp_path, *flags, f"--flags={fixed}")
     deadline = time.time() + 300
     while not any(len(path.read_text().split()) > 3 for path in tmp_path.glob("*/runs/*/steps.txt")):
         assert time.time() < deadline
@@ -36,31 +38,35 @@ def test_search_is_interrupted_goes_on_and_finds(tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 130 and "the same command goes on" in out, err
-    begun = sorted(path.parent for path in tmp_path.glob("*/runs/*/steps.txt"))
+    begun = {path.parent for path in tmp_path.glob("*/runs/*/steps.txt")}
 
-    process = start(tmp_path, *flags)
+    process = start(tmp_path, *flags, f"--flags={fixed}")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     with open(tmp_path / "trials.csv", newline="") as f:
-        trials = list(csv.DictReader(f))
-    ended = [trial for trial in trials if trial["state"] != "FAIL"]
-    assert len(ended) == 7 and {trial["state"] for trial in ended} == {"COMPLETE", "PRUNED"}
-    complete = [trial for trial in ended if trial["state"] == "COMPLETE"]
-    for trial in complete:  # mean of steps 110 to 150, of seeds 1 and 2
-        assert abs(float(trial["value"]) - (float(trial["params_level"]) + 1.3 + 1.5)) < 0.01
-    best = max(complete, key=lambda trial: float(trial["value"]))
-    expected = f"{FAKE} --env-id A-v0 --total-timesteps 150 --seconds 0.6 --hold 24 {best['user_attrs_flags']}"
-    assert out.splitlines()[-1] == f"python {expected}" and f"best: trial {best['number']}" in out
+        ended = [trial for trial in csv.DictReader(f) if trial["state"] != "FAIL"]
+    assert len(ended) == 6
+    levels = []  # of the trials before that came to their end
+    for trial in ended:
+        level = float(trial["params_level"])
+        stopped = bool(levels) and level < statistics.median(levels)
+        assert trial["state"] == ("PRUNED" if stopped else "COMPLETE")
+        if not stopped:  # mean of steps 60 to 100, of seed 1
+            assert abs(float(trial["value"]) - (level + 0.8 + 1)) < 0.01
+            levels.append(level)
+    assert 1 < len(levels) < 6
+    best = max(ended, key=lambda trial: float(trial["params_level"]))
+    assert out.splitlines()[-1] == f"python {FAKE} --env-id A-v0 {fixed} {best['user_attrs_flags']}"
+    assert f"best: trial {best['number']}" in out
     steps = {path.parent: list(map(int, path.read_text().split())) for path in tmp_path.glob("*/runs/*/steps.txt")}
     assert all(executed == list(range(10, executed[-1] + 1, 10)) for executed in steps.values())
-    assert set(begun) <= set(steps) and any(steps[run][-1] == 150 for run in begun)
-    stopped = [trial["user_attrs_cell"] for trial in ended if trial["state"] == "PRUNED"]
-    ends = [executed[-1] for run, executed in steps.items() if run.parts[-3] in stopped]
-    assert min(ends) < 150  # not all: one can become a bad trial after the wait at half of its steps
+    assert len(steps) == 6 and begun <= set(steps)
+    cells = {trial["user_attrs_cell"]: trial["state"] for trial in ended}
+    assert all((executed[-1] == 100) == (cells[run.parts[-3]] == "COMPLETE") for run, executed in steps.items())
 
     process = start(tmp_path, *flags[2:], "--space", "level=uniform:0:1")
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 2 and err.startswith("error: ") and "has a study with space" in err
+    assert process.returncode == 2 and err.startswith("error: ") and "has a study with" in err
 
 
 def test_failed_trials_are_reported(tmp_path):
