@@ -1,6 +1,5 @@
 """The goal maps, their optimum against the reference table, and the pictures."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -114,10 +113,12 @@ def test_soft_value_iteration_against_the_table(env_id, alpha, gamma, v, goals, 
         assert optimum.v(np.array([[2.5, 0.0]]))[0] == pytest.approx(-32.1, rel=0.01)
 
 
-def test_optimum_satisfies_the_soft_bellman_equation():
+def test_optimum_is_symmetric_and_satisfies_the_soft_bellman_equation():
     """V(s) = alpha log int exp((r + gamma (1 - d) V(s')) / alpha) da with 200,000 random actions, off the grid."""
     env = gym.make(FOUR).unwrapped
     optimum = multigoal.optimum_of(FOUR, 2.5, 0.9)
+    for image in (optimum.values[::-1], optimum.values[:, ::-1], optimum.values.T):
+        np.testing.assert_allclose(optimum.values, image, atol=1e-2)
     rng = np.random.default_rng(0)
     actions = rng.uniform(-1, 1, (200_000, 2))
     for x in (np.array([0.1, -0.3]), np.array([2.4, 1.1]), np.array([-4.9, 6.0])):
@@ -133,7 +134,7 @@ def test_kl_divergence(env_id, alpha, gamma):
     env = gym.make(env_id).unwrapped
     optimum = multigoal.soft_value_iteration(env, alpha, gamma, states=29)
     rng = np.random.default_rng(0)
-    states = np.array(multigoal.STATES[env_id], dtype=float)
+    states = np.array(multigoal.STATES[env_id][::3], dtype=float)
     assert np.abs(multigoal.kl_divergence(lambda obs: optimum.policy(obs, rng), optimum, states)).max() < 0.04
     kl = multigoal.kl_divergence(lambda obs: rng.uniform(-1, 1, obs.shape), optimum, states)
     actions = rng.uniform(-1, 1, (50_000, 2))
@@ -148,22 +149,16 @@ def test_kl_divergence(env_id, alpha, gamma):
 def test_repeats_have_the_law_of_the_policy(variant):
     """S2AC's many actions in one state from few draws: the moments of the actions that it samples one at a time."""
     torch.manual_seed(0)
-    flags = ["--env-id", FOUR, "--alpha", "0.05", "--svgd-step-size", "0.02", "--variant", variant]
-    agent = s2ac.S2AC(2, 2, s2ac.parse_args(flags))
+    args = s2ac.Args(FOUR, alpha=0.05, svgd_step_size=0.02, variant=variant)
+    agent = s2ac.S2AC(2, 2, args)
     policy = multigoal.policy_of(agent)
-    repeats, obs = multigoal.repeats_of(agent, policy), np.tile(np.array([[1.0, -2.0]], np.float32), (5_003, 1))
+    repeats, obs = multigoal.repeats_of(agent, policy), np.tile(np.array([[1.0, -2.0]], np.float32), (2_003, 1))
     assert (repeats is policy) == (variant == "phi-theta-psi")
     one, many = policy(obs), repeats(obs)
-    assert one.shape == many.shape == (5_003, 2) and len(np.unique(many, axis=0)) > 4_900
+    assert one.shape == many.shape == (2_003, 2) and len(np.unique(many, axis=0)) > 1_990
     for moment in (lambda a: a, np.square, lambda a: a.prod(1, keepdims=True)):
         a, b = moment(one), moment(many)
-        assert (np.abs(a.mean(0) - b.mean(0)) < 5 * a.std(0) / 5_000**0.5).all()
-
-
-def test_optimum_is_symmetric():
-    values = multigoal.optimum_of(FOUR, 2.5, 0.9).values
-    for image in (values[::-1], values[:, ::-1], values.T):
-        np.testing.assert_allclose(values, image, atol=1e-2)
+        assert (np.abs(a.mean(0) - b.mean(0)) < 5 * a.std(0) / 1_000**0.5).all()
 
 
 def test_rollout_agrees_with_the_environment():
@@ -185,26 +180,23 @@ def test_rollout_agrees_with_the_environment():
     assert rollouts.goals[0] == info["goal"] and rollouts.hits[0] == hits and hits
 
 
-def draw(*flags, cwd) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "multigoal.py"), *map(str, flags)]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
-
-
 def test_picture_of_a_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = dict(total_timesteps=240, learning_starts=104, batch_size=32, num_envs=8, eval_frequency=1000, alpha=10.0)
-    (run_dir,) = meow.train(meow.Args(env_id=THREE, gamma=0.8, **flags))
-    done = draw("--checkpoint", run_dir / "checkpoint.pt", "--episodes", 40, "--obstacle", cwd=tmp_path)
+    flags |= dict(device="cpu", compile="off", eval_episodes=1)
+    run_dir = meow.train(meow.Args(env_id=THREE, gamma=0.8, **flags))
+    command = [sys.executable, str(ROOT / "multigoal.py"), "--checkpoint", str(run_dir / "checkpoint.pt")]
+    done = subprocess.run([*command, "--episodes=40", "--obstacle"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "of 40" in done.stdout and "wall hit by" in done.stdout and "RMSE of V against V*" in done.stdout
     assert "optimum -74.8" in done.stdout
     assert (run_dir / "multigoal.png").stat().st_size > 20_000
-    (other,) = meow.train(meow.Args(env_id="Pendulum-v1", exp_name="other", **flags))
+    other = meow.train(meow.Args(env_id="Pendulum-v1", exp_name="other", **flags))
     for path, message in (
         (other / "checkpoint.pt", "was trained on Pendulum-v1; expected one of multigoal:MultiGoal-v0"),
-        ("absent.pt", "absent.pt: no such checkpoint"),
-        (run_dir / "args.json", "is not a readable checkpoint"),
+        ("absent.pt", "absent.pt is not a checkpoint (FileNotFoundError"),
+        (run_dir / "args.json", "is not a checkpoint"),
     ):
-        done = draw("--checkpoint", path, cwd=tmp_path)
-        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+        with pytest.raises(SystemExit) as e:
+            multigoal.main(multigoal.Args(Path(path)))
+        assert message in str(e.value)
