@@ -416,7 +416,7 @@ def load_agent(path: str | Path, device: str = "cpu") -> tuple[nn.Module, Args]:
     """The agent of a checkpoint and the args that it was trained with."""
     checkpoint = load_checkpoint(Path(path), device)
     args = dataclasses.replace(Args(**checkpoint["args"]), device=device)
-    agent = Agent(checkpoint["obs_dim"], checkpoint["action_dim"], args).to(device)
+    agent = Agent(*checkpoint["sizes"], args).to(device)
     agent.load_state_dict(checkpoint["agent"])
     return agent, args
 
@@ -455,8 +455,7 @@ def train(args: Args) -> Path:
     if args.track:
         import wandb
 
-        names = dict(name=run_dir.name, id=run_dir.name[-128:], resume="allow")
-        wandb.init(**names, config=vars(args), sync_tensorboard=True, save_code=True)
+        wandb.init(name=run_dir.name, id=run_dir.name[-128:], resume="allow", config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(str(run_dir), purge_step=global_step if saved else None)
     capacity = min(args.buffer_size, args.total_timesteps + args.num_envs) // args.num_envs * args.num_envs
     buffer = ReplayBuffer(run_dir / "buffer.bin", capacity, obs_dim, action_dim, args.device, global_step)
@@ -465,17 +464,16 @@ def train(args: Args) -> Path:
     for name, part in learner.items() if saved else ():  # all but the episodes under way: new ones begin
         part.load_state_dict(saved[name])
 
-    obs_in = torch.zeros(args.num_envs, obs_dim, device=args.device)  # act() reads this ...
-    actions_out = torch.zeros(args.num_envs, action_dim, device=args.device)  # ... and writes this
+    obs_in, actions_out = (torch.zeros(args.num_envs, n, device=args.device) for n in (obs_dim, action_dim))  # of act()
     sample = compiled(args)(agent.sample)
     act = recorded(args)(torch.no_grad()(lambda: actions_out.copy_(sample(obs_in))))
 
     def save(name: str) -> None:
         """The state that --resume continues from; where it is not finite, in failed.pt."""
         buffer.flush(), writer.flush()
-        path = run_dir / (name if np.isfinite(metrics.tolist()).all() else "failed.pt")
-        state = dict(algorithm=Path(__file__).stem, args=vars(args) | dict(resume=None), obs_dim=obs_dim)
-        state |= dict(action_dim=action_dim, run=(global_step, best_return, events))
+        path = run_dir / (name if np.isfinite([*metrics.tolist(), *actions.flat]).all() else "failed.pt")
+        state = dict(algorithm=Path(__file__).stem, args=vars(args) | dict(resume=None), sizes=(obs_dim, action_dim))
+        state |= dict(run=(global_step, best_return, events))
         with open(path.with_suffix(".tmp"), "wb") as f:
             torch.save(state | {name: part.state_dict() for name, part in learner.items()}, f)
             os.fsync(f.fileno())
@@ -524,10 +522,6 @@ def train(args: Args) -> Path:
             global_step, events = global_step + args.num_envs, {}
             bar.update(args.num_envs)
             obs, episode_return, episode_length = next_obs.copy(), episode_return + rewards, episode_length + 1
-            for i in np.flatnonzero(terminations + truncations):
-                last_return = float(episode_return[i])
-                events |= {"charts/episodic_return": last_return, "charts/episodic_length": float(episode_length[i])}
-                episode_return[i], episode_length[i], obs[i] = 0, 0, envs[i].reset()[0]
             if global_step % 100 < args.num_envs and global_step > args.learning_starts:
                 losses = {f"losses/{name}": value for name, value in zip(METRICS, metrics.tolist(), strict=True)}
                 require(np.isfinite([*losses.values()]).all(), f"not finite at step {global_step}: {losses}")
@@ -536,6 +530,10 @@ def train(args: Args) -> Path:
                 sps = (global_step - start_step) / (time.time() - start_time)
                 events |= losses | {f"policy/{name}": x.item() for name, x in policy.items()} | {"charts/SPS": sps}
                 bar.set_postfix(episode=last_return, evaluation=eval_return, SPS=sps, refresh=False)
+            for i in np.flatnonzero(terminations + truncations):
+                last_return = float(episode_return[i])
+                events |= {"charts/episodic_return": last_return, "charts/episodic_length": float(episode_length[i])}
+                episode_return[i], episode_length[i], obs[i] = 0, 0, envs[i].reset()[0]
     except BaseException as e:  # Ctrl-C, SIGTERM, an error of the task, a loss that is not finite
         save("checkpoint.pt")
         bar.close()
@@ -557,6 +555,8 @@ if __name__ == "__main__":
     if args.evaluate:
         videos = Path(args.evaluate).parent / "videos-of-evaluate" if args.capture_video else None
         envs = [make_env(args.env_id, None if i else videos) for i in range(args.eval_episodes)]
+        sizes = envs[0].observation_space.shape + envs[0].action_space.shape
+        require(load_checkpoint(Path(args.evaluate))["sizes"] == sizes, f"{args.evaluate} is not of {args.env_id}")
         returns, _ = evaluate(load_agent(args.evaluate, args.device)[0], envs, args)
         print(
             f"{args.env_id}: return {returns.mean():.2f} +- {returns.std():.2f}, each {np.round(returns, 1).tolist()}"
