@@ -1,6 +1,19 @@
-"""Quadrature over the action box, random transitions and updates of one agent, for the tests of the mathematics."""
+"""Quadrature over the action box, random transitions and updates of an agent, for the tests of the mathematics."""
+
+import contextlib
+from types import SimpleNamespace
 
 import torch
+
+
+@contextlib.contextmanager
+def float64():
+    """Also a decorator: within it new tensors and nets are in float64."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def action_grid(action_dim: int, n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -17,35 +30,30 @@ def over_grid(function, obs: torch.Tensor, points: torch.Tensor) -> torch.Tensor
     return torch.cat([function(obs.expand(len(part), -1), part) for part in points.split(20_000)])
 
 
-def random_batch(n: int, obs_dim: int, action_dim: int) -> tuple[torch.Tensor, ...]:
-    """obs, actions, rewards, next_obs, terminations in float64: the fields of a script's Batch."""
+def random_batch(module, n: int, obs_dim: int, action_dim: int):
+    """A script's Batch of n transitions in float64; three in ten terminate."""
     obs, next_obs = torch.randn(2, n, obs_dim, dtype=torch.float64)
     actions = torch.rand(n, action_dim, dtype=torch.float64) * 2 - 1
-    return (obs, actions, torch.randn(n, 1).double(), next_obs, (torch.rand(n, 1) < 0.3).double())
+    return module.Batch(obs, actions, torch.randn(n, 1).double(), next_obs, (torch.rand(n, 1) < 0.3).double())
 
 
-class OneBatch:
-    """In the place of a script's replay buffer: what it draws is given."""
+def update_of(module, agent, args, obs_dim: int = 0):
+    """A script's update as step(batch) -> metrics (L,), and what it moves by name. `args.batch_size` is the batch's.
 
-    def __init__(self, obs_dim: int, action_dim: int):
-        self.widths = (obs_dim, action_dim, 1, obs_dim, 1)
-
-    def sample(self, batch_size: int):
-        assert len(self.batch.obs) == batch_size
-        return self.batch
-
-
-def update_of(module, agent, args, obs_dim: int = 6):
-    """A script's update as update(batch) -> metrics, and the target that it moves. Noise is of torch's generator."""
-    buffer = OneBatch(obs_dim, agent.action_dim)
+    The batch is not drawn, so the noise of a step is what torch's generator gives first: seed it before the step, and
+    again before the same draws. obs_dim: of the replay buffer that stands in, for a script that asks for it.
+    """
+    batches = []
+    buffer = SimpleNamespace(sample=lambda n: batches.pop(), widths=(obs_dim, agent.action_dim, 1, obs_dim, 1))
     update, metrics, learner = module.make_update(agent, buffer, args)
 
-    def update_with(batch) -> torch.Tensor:
-        buffer.batch = batch
+    def step(batch) -> torch.Tensor:
+        assert len(batch.obs) == args.batch_size
+        batches.append(batch)
         update()
         return metrics.clone()
 
-    return update_with, learner["target"]
+    return step, learner
 
 
 def check_score(module, agent) -> None:
@@ -56,9 +64,9 @@ def check_score(module, agent) -> None:
         q = agent.q(obs.expand(5, -1, -1), u.tanh())
         return torch.minimum(q[..., 0], q[..., 1]) / 0.5 + (1 - u.tanh() ** 2).log().sum(-1)
 
-    score = module.score(agent.qf, obs, u, 0.5)
+    score = module.score(agent.q, obs, u, 0.5)
     for d in range(2):
         step = torch.zeros(2, dtype=torch.float64)
         step[d] = 1e-6
         torch.testing.assert_close(score[..., d], (log_p(u + step) - log_p(u - step)) / 2e-6, rtol=1e-4, atol=1e-6)
-    assert module.score(agent.qf, obs, torch.full_like(u, 50.0), 0.5).isfinite().all()
+    assert module.score(agent.q, obs, torch.full_like(u, 50.0), 0.5).isfinite().all()

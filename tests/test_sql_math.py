@@ -7,32 +7,30 @@ import pytest
 import torch
 
 import sql_continuous_action as sql
-from numerics import action_grid, check_score, random_batch, update_of
+from numerics import action_grid, check_score, float64, random_batch, update_of
 
 
-class KnownQ(torch.nn.Module):
-    """Both heads are a given function of the action (..., D) -> (...), for a sampler that is trained on it alone."""
+def with_known_q(agent: sql.SQL, function) -> sql.SQL:
+    """The agent with Q_1 = Q_2 = a given function of the action, (..., D) -> (...)."""
 
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
+    def q(obs, action):
+        return function(action)[..., None].expand(*action.shape[:-1], 2)
 
-    def forward(self, obs, action):
-        return self.function(action)[..., None].expand(*action.shape[:-1], 2)
+    agent.q = q
+    return agent
 
 
 def train_sampler(function, action_dim: int, steps: int = 3000, batch: int = 8) -> torch.Tensor:
     """Actions (20000, D) of a sampler trained by the script's own direction and chain rule, alpha = 1."""
     torch.manual_seed(0)
-    agent = sql.SQL(1, action_dim, sql.Args(alpha=1.0))
-    agent.qf = KnownQ(function)
+    agent = with_known_q(sql.SQL(1, action_dim, sql.Args(alpha=1.0)), function)
     optimizer = torch.optim.Adam(agent.sampler.parameters(), lr=1e-3)
     obs = torch.zeros(batch, 1)
     for _ in range(steps):
         with torch.no_grad():
-            fixed = sql.particles(agent.sampler, obs, torch.randn(16, batch, action_dim))
-        updated = sql.particles(agent.sampler, obs, torch.randn(16, batch, action_dim))
-        phi = sql.stein_direction(fixed, sql.score(agent.qf, obs, fixed, 1.0), updated.detach())
+            fixed = agent.particles(obs, torch.randn(16, batch, action_dim))
+        updated = agent.particles(obs, torch.randn(16, batch, action_dim))
+        phi = sql.stein_direction(fixed, sql.score(agent.q, obs, fixed, 1.0), updated.detach())
         optimizer.zero_grad()
         updated.backward(-phi / phi[..., 0].numel())
         optimizer.step()
@@ -114,8 +112,7 @@ def test_estimator_converges_to_quadrature_from_below(action_dim, n):
         spread.append(estimate.std().item())
     assert all(b < 0 for b in bias) and bias == sorted(bias) and spread == sorted(spread, reverse=True)
     assert bias[0] < -0.1 and abs(bias[-1]) < 0.003 and spread[-1] < 0.03
-    agent = sql.SQL(3, action_dim, sql.Args(alpha=alpha)).double()
-    agent.qf = KnownQ(q)
+    agent = with_known_q(sql.SQL(3, action_dim, sql.Args(alpha=alpha)), q)
     estimate = agent.v(torch.randn(50, 3, dtype=torch.float64), samples=4096)
     torch.testing.assert_close(estimate.mean().double(), soft_value, rtol=0, atol=0.005)
     assert estimate.shape == (50, 2)
@@ -136,46 +133,47 @@ def test_deterministic_action_is_the_best_of_the_samplers():
     assert draws.shape == (100, 2) and draws.std(0).min() > 1e-3
 
 
+@float64()
 def test_update_against_plain_pytorch():
     """Five updates equal a textbook loop, on copies of the nets and with the same noise."""
-    args = sql.Args(alpha=0.3, gamma=0.9, tau=0.1, value_samples=5, particles=4)
+    args = sql.Args(
+        alpha=0.3, gamma=0.9, tau=0.1, value_samples=5, particles=4, batch_size=32, device="cpu", compile="off"
+    )
     torch.manual_seed(0)
-    agent = sql.SQL(6, 2, args).double()
+    agent = sql.SQL(6, 2, args)
     reference, target = copy.deepcopy(agent), copy.deepcopy(agent.qf)
     q_optimizer = torch.optim.Adam(reference.qf.parameters(), lr=args.learning_rate)
     sampler_optimizer = torch.optim.Adam(reference.sampler.parameters(), lr=args.learning_rate)
-    update, updated_target = update_of(sql, agent, args)
-    torch.set_default_dtype(torch.float64)
-    try:
-        for n in range(5):
-            batch = sql.Batch(*random_batch(32, 6, 2))
-            actions, xis = torch.rand(5, 32, 2) * 2 - 1, torch.randn(8, 32, 2)
-            stats = update(batch, (actions, xis), n)
-            with torch.no_grad():
-                q = torch.stack([target(batch.next_obs, a).min(-1).values for a in actions])  # (5, B)
-                next_v = 0.3 * ((q / 0.3).exp().mean(0).log() + 2 * np.log(2))
-                y = torch.where(batch.terminations == 1, batch.rewards, batch.rewards + 0.9 * next_v)
-            q = reference.q(batch.obs, batch.actions)
-            loss = torch.nn.functional.mse_loss(torch.cat([q[:, 0], q[:, 1]]), torch.cat([y, y]))
-            q_optimizer.zero_grad()
-            loss.backward()
-            norm = torch.cat([p.grad.flatten() for p in reference.qf.parameters()]).norm()
-            q_optimizer.step()
-            u = torch.stack([reference.sampler(torch.cat([batch.obs, xi], -1)) for xi in xis])
-            fixed, updated = u[:4].detach(), u[4:]
-            phi = sql.stein_direction(fixed, sql.score(reference.qf, batch.obs, fixed, 0.3), updated.detach())
-            sampler_optimizer.zero_grad()
-            (-(phi * updated).sum(-1).mean()).backward()
-            sampler_optimizer.step()
-            with torch.no_grad():
-                for p, p_target in zip(reference.qf.parameters(), target.parameters(), strict=True):
-                    p_target += 0.1 * (p - p_target)
-            heads = [(q[:, i] - y).square().mean() for i in (0, 1)]
-            expected = [loss, *heads, *q.mean(0), y.mean(), norm, phi.norm(dim=-1).mean()]
-            torch.testing.assert_close(stats, torch.stack(expected).detach())
-    finally:
-        torch.set_default_dtype(torch.float32)
-    for p, p_reference in zip(agent.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(p, p_reference, rtol=1e-8, atol=1e-11)
-    for p, p_reference in zip(updated_target.parameters(), target.parameters(), strict=True):
-        torch.testing.assert_close(p, p_reference, rtol=1e-8, atol=1e-11)
+    step, learner = update_of(sql, agent, args)
+    for n in range(5):
+        batch = random_batch(sql, 32, 6, 2)
+        torch.manual_seed(n)
+        metrics = step(batch)
+        torch.manual_seed(n)
+        actions, xis = torch.rand(5, 32, 2) * 2 - 1, torch.randn(8, 32, 2)
+        with torch.no_grad():
+            next_q = [[net(torch.cat([batch.next_obs, a], 1))[:, 0] for net in target] for a in actions]
+            q = torch.stack([torch.minimum(*heads) for heads in next_q])  # (5, B)
+            next_v = 0.3 * ((q / 0.3).exp().mean(0).log() + 2 * np.log(2))
+            y = torch.where(batch.terminations[:, 0] == 1, batch.rewards[:, 0], batch.rewards[:, 0] + 0.9 * next_v)
+        q = reference.q(batch.obs, batch.actions)
+        loss = torch.nn.functional.mse_loss(torch.cat([q[:, 0], q[:, 1]]), torch.cat([y, y]))
+        q_optimizer.zero_grad()
+        loss.backward()
+        norm = torch.cat([p.grad.flatten() for p in reference.qf.parameters()]).norm()
+        q_optimizer.step()
+        u = torch.stack([reference.sampler(torch.cat([batch.obs, xi], -1)) for xi in xis])
+        fixed, updated = u[:4].detach(), u[4:]
+        phi = sql.stein_direction(fixed, sql.score(reference.q, batch.obs, fixed, 0.3), updated.detach())
+        sampler_optimizer.zero_grad()
+        (-(phi * updated).sum(-1).mean()).backward()
+        sampler_optimizer.step()
+        with torch.no_grad():
+            for p, p_target in zip(reference.qf.parameters(), target.parameters(), strict=True):
+                p_target += 0.1 * (p - p_target)
+        heads = [(q[:, i] - y).square().mean() for i in (0, 1)]
+        expected = [loss, *heads, *q.mean(0), y.mean(), norm, phi.norm(dim=-1).mean()]
+        torch.testing.assert_close(metrics, torch.stack(expected).detach())
+    for mine, theirs in ((agent, reference), (learner["target"], target)):
+        for p, p_reference in zip(mine.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(p, p_reference, rtol=1e-8, atol=1e-11)
