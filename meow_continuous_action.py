@@ -98,11 +98,11 @@ PRESETS = {  # the paper's settings; a -v5 task takes those of -v4
 LIMITS = dict(gamma=(0, 1), tau=(0, 1), seed=(0, 2**31), learning_starts=(1, 1e12), log_sigma_min=(-20, 10))
 LIMITS |= dict(log_sigma_max=(-20, 10), dropout=(0, 0.99))  # every other number must be above 0
 EVAL_SEED = 10_000  # evaluation episodes start from seeds 10000, 10001, ..., whatever --seed is
+Batch = collections.namedtuple("Batch", "obs actions rewards next_obs terminations")  # (B, O), D, 1, O, 1
 MAY_CHANGE = ("resume", "device", "compile", "total_timesteps", "checkpoint_frequency", "capture_video", "track")
 
 
-def require(ok: object, message: str) -> None:
-    """End the program with a message and no traceback if not ok: for what the user can put right."""
+def require(ok: object, message: str) -> None:  # for what the user can put right: no traceback
     if not ok:
         sys.exit(f"error: {message}")
 
@@ -162,9 +162,6 @@ def make_env(env_id: str, video_folder: Path | None = None) -> gym.Env:
         require(isinstance(env.render(), np.ndarray), f"--capture-video: {env_id} draws no picture (render is None)")
         env = gym.wrappers.RecordVideo(env, str(video_folder), lambda episode: True, disable_logger=True)
     return env
-
-
-Batch = collections.namedtuple("Batch", "obs actions rewards next_obs terminations")  # (B, O), D, 1, O, 1
 
 
 class ReplayBuffer:
@@ -463,16 +460,13 @@ def train(args: Args) -> Path:
     torch.set_num_threads(min(torch.get_num_threads(), 4))  # more do not help nets of this size
     torch.empty(2**23 - 2**12)  # glibc then keeps what an update frees: its pages are not faulted in anew each time
     torch.compiler.reset()  # code that another run in this process compiled has that run's flags in it
-
     saved = load_checkpoint(Path(args.resume, "checkpoint.pt"), args.device) if args.resume else {}
     global_step, best_return, events = saved.get("run", (0, -math.inf, {}))
-    why = "the run is finished" if global_step >= args.total_timesteps else "its replay buffer, buffer.bin, is missing"
-    require(not saved or Path(args.resume, "buffer.bin").exists(), f"--resume {args.resume}: {why}")
+    require(not saved or Path(args.resume, "buffer.bin").exists(), f"--resume {args.resume}: no buffer.bin; finished?")
     seed = args.seed + global_step
     random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
     envs = [make_env(args.env_id) for _ in range(args.num_envs)]
     obs_dim, action_dim = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
-
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}"
     run_dir = Path(args.resume or "runs/" + "".join(c if c.isalnum() or c in "-_." else "_" for c in name))
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
@@ -558,7 +552,6 @@ def train(args: Args) -> Path:
             obs, episode_return, episode_length = next_obs.copy(), episode_return + rewards, episode_length + 1
             if global_step % 100 < args.num_envs and global_step > args.learning_starts:
                 losses = {f"losses/{name}": value for name, value in zip(METRICS, metrics.tolist(), strict=True)}
-                require(np.isfinite([*losses.values()]).all(), f"not finite at step {global_step}: {losses}")
                 with torch.no_grad():
                     policy = agent.policy_metrics(buffer.sample(args.batch_size).obs)
                 sps = (global_step - start_step) / (time.time() - start_time)
@@ -575,8 +568,7 @@ def train(args: Args) -> Path:
         raise SystemExit(130) if isinstance(e, KeyboardInterrupt) else e from None
     save("checkpoint.pt")
     (run_dir / "buffer.bin").unlink()
-    for each in (bar, writer, *envs, *eval_envs):
-        each.close()
+    [each.close() for each in (bar, writer, *envs, *eval_envs)]
     if args.track:
         wandb.finish()
     print(f"best evaluation return {best_return:.1f}; checkpoints in {run_dir}")

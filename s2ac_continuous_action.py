@@ -1,7 +1,6 @@
 """S2AC: Stein soft actor-critic.
 
-Messaoud, Mokeddem, Xue, Pang, An, Chen and Chawla, "S2AC: Energy-Based Reinforcement Learning with Stein Soft Actor
-Critic", ICLR 2024, https://arxiv.org/abs/2405.00987
+Messaoud et al., "S2AC: Energy-Based Reinforcement Learning with Stein Soft Actor Critic", ICLR 2024, arXiv 2405.00987
 
     python s2ac_continuous_action.py --env-id Ant-v4 --variant phi-theta
 
@@ -19,8 +18,7 @@ is known. B: batch, O: observation, D: action, u: an action before its tanh, del
     (8)  L_theta = mean (alpha log pi(a|s) - min_i Q_i(s,a)),  through (1) to (4)             make_update
     (9)  f(s, z), z ~ N(0, I), moves along the sum in (2) of its own particles                make_update
 
-Variant phi has a fixed q^0, phi-theta learns mu and sigma, phi-theta-psi also learns f, for the evaluation. (3) leaves
-out j = i, which would need the Hessian of Q. With L = 0 the actor is SAC's.
+Variant phi has a fixed q^0, phi-theta learns mu and sigma, phi-theta-psi also f, for the evaluation. L = 0 is SAC.
 """
 
 import collections
@@ -98,11 +96,11 @@ PRESETS["multigoal:MultiGoalAsymmetric-v0"] = GOAL_MAP | dict(alpha=10.0, gamma=
 LIMITS = dict(gamma=(0, 1), tau=(0, 1), seed=(0, 2**31), learning_starts=(1, 1e12), log_sigma_min=(-20, 10))
 LIMITS |= dict(log_sigma_max=(-20, 10), svgd_particles=(2, 1e4), svgd_steps=(0, 1e4))  # every other must be above 0
 EVAL_SEED = 10_000  # evaluation episodes start from seeds 10000, 10001, ..., whatever --seed is
+Batch = collections.namedtuple("Batch", "obs actions rewards next_obs terminations")  # (B, O), D, 1, O, 1
 MAY_CHANGE = ("resume", "device", "compile", "total_timesteps", "checkpoint_frequency", "capture_video", "track")
 
 
-def require(ok: object, message: str) -> None:
-    """End the program with a message and no traceback if not ok: for what the user can put right."""
+def require(ok: object, message: str) -> None:  # for what the user can put right: no traceback
     if not ok:
         sys.exit(f"error: {message}")
 
@@ -164,9 +162,6 @@ def make_env(env_id: str, video_folder: Path | None = None) -> gym.Env:
     return env
 
 
-Batch = collections.namedtuple("Batch", "obs actions rewards next_obs terminations")  # (B, O), D, 1, O, 1
-
-
 class ReplayBuffer:
     """Ring of transitions in a file mapped into memory, so that --resume finds them: 4 (2 O + D + 2) bytes each. On a
     GPU they live in its memory, and `flush` copies what is new to the file."""
@@ -223,9 +218,9 @@ def score(q: Callable, obs: torch.Tensor, u: torch.Tensor, alpha: float) -> torc
 
 
 def svgd_direction(u: torch.Tensor, others: torch.Tensor, scores: torch.Tensor, eps: float, h2: torch.Tensor | None):
-    """The mean over j in (2), (m', B, D), for u (m', B, D), u_j and s_j (m, B, D); delta, k and h^2, (B,), which is
-    sum_ij |u_i - u_j|^2 / (4 m^2 log(m + 1)) and a constant to gradients. It is at least eps: (3) is of the first order
-    in eps / h^2, and without that bound (8) finds Gaussians so narrow that (3) is wrong. h2: in its place."""
+    """The mean over j in (2), (m', B, D), for u (m', B, D), u_j and s_j (m, B, D); also delta, k, h^2 (B,), by default
+    sum_ij |u_i - u_j|^2 / (4 m^2 log(m + 1)), a constant to gradients and at least eps: (3) is of the first order in
+    eps / h^2, and without that bound (8) finds Gaussians so narrow that (3) is wrong."""
     if h2 is None:
         h2 = (others.var(0, correction=0).sum(-1) / (2 * math.log(len(others) + 1))).clamp(min=eps).detach()
     delta = u[:, None] - others  # (m', m, B, D)
@@ -235,7 +230,7 @@ def svgd_direction(u: torch.Tensor, others: torch.Tensor, scores: torch.Tensor, 
 
 def svgd(score_of: Callable, u: torch.Tensor, steps: int, eps: float, h2: torch.Tensor | None = None):
     """`steps` steps of (2) from independent draws u (m, B, D), with score_of(u) -> (m, B, D): the particles where they
-    end, (m, B, D), and log q^L - log q^0 of each, (m, B), equation (3)."""
+    end, (m, B, D), and log q^L - log q^0 of each, (m, B), equation (3); j = i would need the Hessian of Q."""
     change = torch.zeros_like(u[..., 0])  # (m, B)
     for _ in range(steps):
         scores = score_of(u)
@@ -267,8 +262,7 @@ class S2AC(nn.Module):
     def gaussian(self, obs: torch.Tensor, params: dict | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """mu(s) and log sigma(s) of q^0, (B, D) each, equation (1). params: in place of the net's own."""
         if self.initial is None:
-            zeros = obs.new_zeros(len(obs), self.action_dim)
-            return zeros, zeros + math.log(self.std)
+            return (zeros := obs.new_zeros(len(obs), self.action_dim)), zeros + math.log(self.std)
         mean, log_std = functional_call(self.initial, params or {}, obs).chunk(2, -1)
         return mean, self.low + 0.5 * (self.high - self.low) * (torch.tanh(log_std) + 1)
 
@@ -292,8 +286,7 @@ class S2AC(nn.Module):
 
     def q(self, obs: torch.Tensor, action: torch.Tensor, nets: nn.ModuleList | None = None) -> torch.Tensor:
         """Q_1(s,a), Q_2(s,a): (B, 2). nets: those of the target, in place of the agent's."""
-        x = torch.cat([obs, action], -1)  # (B, O + D)
-        return torch.cat([net(x) for net in nets or self.qf], -1)
+        return torch.cat([net(torch.cat([obs, action], -1)) for net in nets or self.qf], -1)
 
     forward = q  # what functional_call calls
 
@@ -306,8 +299,7 @@ class S2AC(nn.Module):
     def policy_metrics(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Means over the batch: entropy in nats, standard deviation of the actions in a state, log sigma."""
         actions, log_prob = self.policy(obs)
-        entropy, std, log_sigma = -log_prob, actions.std(0), self.gaussian(obs)[1]
-        return dict(entropy=entropy.mean(), action_std=std.mean(), log_sigma=log_sigma.mean())
+        return dict(entropy=-log_prob.mean(), action_std=actions.std(0).mean(), log_sigma=self.gaussian(obs)[1].mean())
 
 
 Agent = S2AC  # its name in what the scripts share
@@ -404,9 +396,8 @@ def make_update(agent: S2AC, buffer: ReplayBuffer, args: Args):
     def sampler_gradient(params: torch.Tensor, obs: torch.Tensor, z: torch.Tensor):
         x, x_fixed = torch.cat([obs.expand(len(z), -1, -1), z], -1).chunk(2)  # (m, B, O + D) each
         fixed = agent.sampler(x_fixed)  # (m, B, D)
-        scores = score(agent.q, obs, fixed, args.alpha)  # (m, B, D)
         u, vjp = torch.func.vjp(lambda p: functional_call(agent.sampler, p, x), unflatten(params, agent.sampler))
-        phi = svgd_direction(u, fixed, scores, args.svgd_step_size, None)[0]  # (m, B, D)
+        phi = svgd_direction(u, fixed, score(agent.q, obs, fixed, args.alpha), args.svgd_step_size, None)[0]
         (grads,) = vjp(-phi / phi[..., 0].numel())  # u moves along phi
         return concatenate(grads.values()), phi.norm(dim=-1).mean()
 
@@ -477,16 +468,13 @@ def train(args: Args) -> Path:
     torch.set_num_threads(min(torch.get_num_threads(), 4))  # more do not help nets of this size
     torch.empty(2**23 - 2**12)  # glibc then keeps what an update frees: its pages are not faulted in anew each time
     torch.compiler.reset()  # code that another run in this process compiled has that run's flags in it
-
     saved = load_checkpoint(Path(args.resume, "checkpoint.pt"), args.device) if args.resume else {}
     global_step, best_return, events = saved.get("run", (0, -math.inf, {}))
-    why = "the run is finished" if global_step >= args.total_timesteps else "its replay buffer, buffer.bin, is missing"
-    require(not saved or Path(args.resume, "buffer.bin").exists(), f"--resume {args.resume}: {why}")
+    require(not saved or Path(args.resume, "buffer.bin").exists(), f"--resume {args.resume}: no buffer.bin; finished?")
     seed = args.seed + global_step
     random.seed(seed), np.random.seed(seed), torch.manual_seed(seed)
     envs = [make_env(args.env_id) for _ in range(args.num_envs)]
     obs_dim, action_dim = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
-
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}"
     run_dir = Path(args.resume or "runs/" + "".join(c if c.isalnum() or c in "-_." else "_" for c in name))
     run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
@@ -572,7 +560,6 @@ def train(args: Args) -> Path:
             obs, episode_return, episode_length = next_obs.copy(), episode_return + rewards, episode_length + 1
             if global_step % 100 < args.num_envs and global_step > args.learning_starts:
                 losses = {f"losses/{name}": value for name, value in zip(METRICS, metrics.tolist(), strict=True)}
-                require(np.isfinite([*losses.values()]).all(), f"not finite at step {global_step}: {losses}")
                 with torch.no_grad():
                     policy = agent.policy_metrics(buffer.sample(args.batch_size).obs)
                 sps = (global_step - start_step) / (time.time() - start_time)
@@ -589,8 +576,7 @@ def train(args: Args) -> Path:
         raise SystemExit(130) if isinstance(e, KeyboardInterrupt) else e from None
     save("checkpoint.pt")
     (run_dir / "buffer.bin").unlink()
-    for each in (bar, writer, *envs, *eval_envs):
-        each.close()
+    [each.close() for each in (bar, writer, *envs, *eval_envs)]
     if args.track:
         wandb.finish()
     print(f"best evaluation return {best_return:.1f}; checkpoints in {run_dir}")
