@@ -175,9 +175,7 @@ class ReplayBuffer:
         require(4 * floats < free, f"{path} needs {4e-9 * floats:.2f} GB of disk; lower --buffer-size")
         self.file = torch.from_file(str(path), shared=True, size=floats).view(capacity, -1)
         self.rows = self.file.to(device)  # the file itself on a CPU
-        self.size = torch.tensor(
-            float(min(added, capacity)), device=device
-        )  # a tensor, so that a CUDA graph sees it grow
+        self.size = torch.tensor(float(min(added, capacity)), device=device)  # in a tensor, for CUDA graphs
 
     def add(self, *fields: np.ndarray) -> None:
         """One step of N environments: the fields of Batch, (N, ...) each. N divides the capacity."""

@@ -92,7 +92,7 @@ PRESETS = {  # CleanRL's settings are the defaults; steps as in MEow's paper; a 
     "multigoal:MultiGoalAsymmetric-v0": GOAL_MAP | dict(alpha=10.0, gamma=0.8),
 }
 LIMITS = dict(gamma=(0, 1), tau=(0, 1), seed=(0, 2**31), learning_starts=(1, 1e12), log_sigma_min=(-20, 10))
-LIMITS |= dict()  # every other number must be above 0
+LIMITS |= dict(policy_frequency=(1, 1e6))  # every other number must be above 0
 EVAL_SEED = 10_000  # evaluation episodes start from seeds 10000, 10001, ..., whatever --seed is
 Batch = collections.namedtuple("Batch", "obs actions rewards next_obs terminations")  # (B, O), D, 1, O, 1
 MAY_CHANGE = ("resume", "device", "compile", "total_timesteps", "checkpoint_frequency", "capture_video", "track")
@@ -171,9 +171,7 @@ class ReplayBuffer:
         require(4 * floats < free, f"{path} needs {4e-9 * floats:.2f} GB of disk; lower --buffer-size")
         self.file = torch.from_file(str(path), shared=True, size=floats).view(capacity, -1)
         self.rows = self.file.to(device)  # the file itself on a CPU
-        self.size = torch.tensor(
-            float(min(added, capacity)), device=device
-        )  # a tensor, so that a CUDA graph sees it grow
+        self.size = torch.tensor(float(min(added, capacity)), device=device)  # in a tensor, for CUDA graphs
 
     def add(self, *fields: np.ndarray) -> None:
         """One step of N environments: the fields of Batch, (N, ...) each. N divides the capacity."""
