@@ -10,6 +10,7 @@ map's states: what is missing from 1 lies in spikes narrower than a cell or, of 
 A run whose row is in the CSV is not run again. Exit code 1: a run failed; the others are done.
 """
 
+import contextlib
 import csv
 import dataclasses
 import functools
@@ -58,7 +59,7 @@ class DeepMEow(meow.MEow):
     def __init__(self, obs_dim: int, action_dim: int, args: meow.Args):
         super().__init__(obs_dim, action_dim, args)
         for k, coupling in enumerate(self.couplings):
-            more = meow.Coupling(obs_dim, action_dim, 1 - coupling.mask, args.coupling == "affine")
+            more = meow.Coupling(obs_dim, action_dim, 1 - coupling.mask, args)
             self.couplings[k] = Pair(coupling, more)
 
 
@@ -216,9 +217,9 @@ def run(args: Args, name: str, seed: int) -> dict:
     exp_name = f"densities_{time.time_ns()}"
     command = ["--env-id", MAP, "--seed", str(seed), "--device", "cpu", "--no-deterministic-eval", "--compile", "off"]
     command += [*shlex.split(flags), *shlex.split(args.flags)]
-    sys.stdout = sys.stderr = open(f"{exp_name}.log", "w")  # progress bars of several runs
     start = time.time()
-    folder = script.train(script.parse_args([*command, "--exp-name", exp_name]))
+    with open(f"{exp_name}.log", "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        folder = script.train(script.parse_args([*command, "--exp-name", exp_name]))
     seconds = time.time() - start
     agent, trained = script.load_agent(folder / "checkpoint.pt")
     env = gym.make(MAP)
