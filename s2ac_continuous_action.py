@@ -518,10 +518,12 @@ def train(args: Args) -> Path:
     terminations, truncations, episode_return, episode_length = np.zeros((4, args.num_envs))
     start_step, start_time, updates_due, last_return, eval_return = global_step, time.time(), 0.0, math.nan, math.nan
     bar = tqdm(total=args.total_timesteps, initial=global_step, mininterval=0.5 if sys.stderr.isatty() else 30)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # as Ctrl-C: it saves first
+    stop = []  # a SIGTERM ends the run where it arrives, as Ctrl-C, or at the next step where code ignores exceptions
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(stop.append(number) or 128 + number))
     try:
         while True:
             # Checkpoint, evaluation and logs of the step that was made; a resumed run begins here and logs it again
+            require(not stop, "stopped by SIGTERM")
             end = global_step >= args.total_timesteps
             eval_due = end or global_step % args.eval_frequency < args.num_envs
             if eval_due or global_step % args.checkpoint_frequency < args.num_envs:
