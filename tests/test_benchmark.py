@@ -5,6 +5,8 @@ import dataclasses
 import functools
 import re
 import shutil
+import subprocess
+import sys
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -323,6 +325,36 @@ def test_estimation_command(tmp_path, monkeypatch):
     for states in ("initial", "visited"):
         bias = {int(row["M"]): float(row["bias"]) for row in uniform if row["states"] == states}
         assert bias[1] < -0.02 and abs(bias[1024]) < 0.1 * abs(bias[1])
+
+
+def test_speed_command(tmp_path):
+    """Every implementation in turn: a row a turn, in the CSV and in the table. An update is in each step of the loop,
+    and of two processes the steps are added up."""
+    command = [sys.executable, "-m", "benchmark.speed", "--env-ids=Hopper-v4", "--implementations", "MEow", "SB3 SAC"]
+    command += ["--modes=eager", "--threads=1", "--turns=2", "--seconds=0.1", "--processes", "2"]
+    command += [f"--csv={tmp_path / 'new' / 'speed.csv'}", f"--png={tmp_path / 'speed.png'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "new" / "speed.csv").open()))
+    assert [(row["implementation"], row["processes"]) for row in rows] == [("MEow", "2"), ("SB3 SAC", "1")] * 2
+    assert all(0 < float(row[part]) < 1e5 for row in rows for part in speed.PARTS)
+    for row in rows:
+        assert 1e3 * int(row["processes"]) / float(row["loop_sps"]) > 0.1 * float(row["update_ms"])
+    assert len(re.findall(r"\| Hopper-v4 \| 1 \| ", done.stdout)) == 2
+    assert (tmp_path / "speed.png").stat().st_size > 10_000
+
+
+def test_speed_table():
+    """Medians and ratios of known numbers."""
+    rows = [
+        dict(env_id="T", threads=1, implementation=name, mode="compiled", batch_size=256, num_envs=1, processes=1)
+        | dict(turn=k, update_ms=2.0 + k, act_ms=0.5, loop_sps=sps + k)
+        for k in range(3)
+        for name, sps in (("MEow", 300.0), ("SAC", 200.0))
+    ]
+    lines = speed.table(rows).splitlines()[2:]
+    assert lines[0] == "| T | 1 | MEow | compiled | 3.00 (2.00–4.00) | 0.500 (0.500–0.500) | 301 (300–302) | 1.00 |"
+    assert lines[1].endswith(f"| 201 (200–202) | {301 / 201:.2f} |")
 
 
 def test_speed_chart(tmp_path):
