@@ -320,14 +320,14 @@ def test_update_is_that_of_the_single_robot_script(algo):
             reference = meow.MEow(6, 3, args)
             reference.couplings, value = copy.deepcopy(agent.couplings), copy.deepcopy(agent.value)
             reference.value.sigma_net, reference.value.shift_nets = value.sigma_net, value.shift_nets
-            theirs, target = update_of(meow, reference, args)
+            theirs, moved = update_of(meow, reference, args)
             update, learner = script.make_meow_learner(agent, mine)
         else:
             args = sac.Args(policy_lr=1e-3, policy_frequency=1, reward_shift=True, batch_size=32, **flags)
             reference = sac.SAC(6, 3, args)
             reference.qf.shift_nets = copy.deepcopy(agent.qf.shift_nets)
             reference.load_state_dict(agent.state_dict())
-            theirs, target = update_of(sac, reference, args)
+            theirs, moved = update_of(sac, reference, args, obs_dim=6)
             update, learner = script.make_sac_learner(agent, mine)
         for n in range(10):
             x = torch.randn(32, 17)
@@ -343,7 +343,7 @@ def test_update_is_that_of_the_single_robot_script(algo):
     assert closed_over["target_params"].cell_contents.grad_fn is None  # or a chain of all updates would stay in memory
     for p, q in zip(agent.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
-    for p, q in zip(learner["target"].parameters(), target.parameters(), strict=True):
+    for p, q in zip(learner["target"].parameters(), moved["target"].parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
 
 

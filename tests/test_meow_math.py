@@ -150,7 +150,7 @@ def test_saturated_actions_are_finite(coupling, value):
 def test_value_needs_neither_couplings_nor_actions():
     """The target holds the sigma-net and the two shift nets alone, and V does not move with the couplings."""
     agent = random_agent(11, 3)
-    _, target = update_of(meow, agent, meow.Args())
+    target = update_of(meow, agent, meow.Args())[1]["target"]
     names = {name.split(".")[0] for name, _ in target.named_parameters()}
     assert names == {"sigma_net", "shift_nets"} and len(target.shift_nets) == 2
     obs = torch.randn(8, 11, dtype=torch.float64)
@@ -170,9 +170,10 @@ def test_update_against_plain_pytorch(module, clipped):
     agent = random_agent(6, 2) if module is meow else random_mixture(6, 2)
     reference, reference_target = copy.deepcopy(agent), copy.deepcopy(agent)
     optimizer = torch.optim.Adam(reference.parameters(), lr=args.learning_rate)
-    update, target = update_of(module, agent, args)
+    update, learner = update_of(module, agent, args)
+    target = learner["target"]
     for _ in range(5):
-        batch = module.Batch(*random_batch(32, 6, 2))
+        batch = random_batch(module, 32, 6, 2)
         stats = update(batch)
         with torch.no_grad():
             v = reference_target.v(batch.next_obs)
@@ -221,7 +222,7 @@ def test_dropout_masks(monkeypatch):
     spy = lambda self, z, obs, keep=None: seen.append(keep) or inverse(self, z, obs, keep)  # noqa: E731
     monkeypatch.setattr(meow.Coupling, "inverse", spy)
     update, _ = update_of(meow, agent, args)
-    batch = meow.Batch(*(x.float() for x in random_batch(256, 6, 2)))
+    batch = meow.Batch(*(x.float() for x in random_batch(meow, 256, 6, 2)))
     for seed in (0, 1, 0):
         torch.manual_seed(seed)
         update(batch)

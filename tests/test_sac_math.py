@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sac_continuous_action as sac
-from numerics import action_grid, over_grid, random_batch, update_of
+from numerics import action_grid, float64, over_grid, random_batch, update_of
 
 
 def random_agent(obs_dim: int, action_dim: int, seed: int = 0, **flags) -> sac.SAC:
@@ -105,15 +105,9 @@ def test_reward_shift_adds_b_to_each_head(shift):
     assert torch.equal(agent.q(obs, action), expected) and len(agent.qf.shift_nets) == 2 * shift
 
 
-@pytest.fixture
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 @pytest.mark.parametrize("autotune, shift", [(True, False), (False, True)])
-def test_update_against_plain_pytorch(float64, autotune, shift):
+@float64()
+def test_update_against_plain_pytorch(autotune, shift):
     """Five updates equal a textbook loop that delays the actor, on copies of the nets and with the same noise."""
     args = sac.Args(alpha=0.3, gamma=0.9, tau=0.1, autotune=autotune, reward_shift=shift, batch_size=32)
     agent = random_agent(6, 2, alpha=0.3, reward_shift=shift)
@@ -122,7 +116,8 @@ def test_update_against_plain_pytorch(float64, autotune, shift):
     q_optimizer = torch.optim.Adam(reference.qf.parameters(), lr=args.q_lr)
     actor_optimizer = torch.optim.Adam(reference.actor.parameters(), lr=args.policy_lr)
     alpha_optimizer = torch.optim.Adam([reference.log_alpha], lr=args.q_lr)
-    update, updated_target = update_of(sac, agent, args)
+    update, learner = update_of(sac, agent, args, obs_dim=6)
+    updated_target = learner["target"]
 
     def sample(obs, noise):
         mean, output = reference.actor.net(obs).chunk(2, -1)
@@ -131,7 +126,7 @@ def test_update_against_plain_pytorch(float64, autotune, shift):
         return u.tanh(), (normal.log_prob(u) - (1 - u.tanh() ** 2).log()).sum(-1)
 
     for n in range(5):
-        batch = sac.Batch(*random_batch(32, 6, 2))
+        batch = random_batch(sac, 32, 6, 2)
         torch.manual_seed(n)
         stats = update(batch)
         torch.manual_seed(n)
