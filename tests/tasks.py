@@ -1,85 +1,108 @@
 """Small gymnasium tasks whose transitions, bounds and faults the tests know in advance."""
 
+import itertools
+import random
+import time
+from pathlib import Path
+
 import gymnasium as gym
 import numpy as np
 
 
 class Counting(gym.Env):
-    """Observation: (episode, step). Odd episodes terminate after 3 steps; even ones run until the time limit of 5.
+    """Observation: (episode, step), in one array that is changed and returned again and again. The reward is the step.
 
-    The reward is the step. `low`, `high`: action bounds; a step outside them fails.
+    Odd episodes terminate after 3 steps, even ones run until the time limit of 5. Infos differ between copies. An
+    action that is not of the space's type, or outside it, fails. The first copy of a process is the one to train on,
+    the others are to evaluate on. Faults are over once there is a file named mended in the current directory.
     """
 
-    def __init__(self, low=(-1.0,), high=(1.0,), nan_at: int | None = None):
-        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float64)
-        self.action_space = gym.spaces.Box(np.float32(low), np.float32(high))
-        self.episode, self.total, self.nan_at, self.actions = -1, 0, nan_at, []
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 5}
+    copies = itertools.count()
+
+    def __init__(self, low=(-1.0,), high=(1.0,), dtype=np.float32, fault="", place="", picture="yes", render_mode=None):
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
+        self.action_space = gym.spaces.Box(np.array(low, dtype), np.array(high, dtype), dtype=dtype)
+        self.picture, self.render_mode, self.actions, self.obs = picture, render_mode, [], np.zeros(2, np.float32)
+        self.episode, self.total, self.copy = -1, 0, next(Counting.copies)
+        self.fault = fault if place == ("Evaluation" if self.copy else "Training") else ""
+        self.info = {"n": np.zeros(self.copy + 1)} if self.copy % 2 else {"n": "some text", "m": None}
+
+    def failing(self, *faults: str) -> bool:
+        """In training from step 150 on, or in the reset after step 200; in an evaluation from its third step on."""
+        due = self.total == 200 if self.fault == "SleepReset" else self.total >= (3 if self.copy else 150)
+        return self.fault in faults and due and not Path("mended").exists()
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.episode, self.t = self.episode + 1, 0
-        return np.array([self.episode, 0.0]), {}
+        if self.failing("RaiseReset"):
+            raise RuntimeError("no ground\nunder the robot")
+        if self.failing("SleepReset"):
+            time.sleep(30)
+        self.obs[:] = self.episode, self.t = self.episode + 1, 0
+        return self.obs, self.info
 
     def step(self, action):
-        assert self.action_space.contains(action), action
+        assert action.dtype == self.action_space.dtype and self.action_space.contains(action), action
         self.actions.append(action)
         self.t, self.total = self.t + 1, self.total + 1
-        reward = np.nan if self.total == self.nan_at else float(self.t)
-        return np.array([self.episode, float(self.t)]), reward, self.episode % 2 == 1 and self.t == 3, False, {}
-
-
-class NoScreen(Counting):
-    """A task that can draw, on a machine that cannot."""
-
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 5}
-
-    def __init__(self, render_mode=None):
-        super().__init__()
-        self.render_mode = render_mode
+        if self.failing("Raise"):
+            raise RuntimeError("the joints\nhave come apart")
+        if self.failing("Sleep"):
+            time.sleep(30)
+        self.obs[:] = self.episode, self.t
+        reward = float(self.t)
+        if self.failing("NaNObs", "InfObs"):
+            self.obs[0] = np.nan if self.fault == "NaNObs" else np.inf
+        if self.failing("NaNReward"):
+            reward = np.nan
+        end = self.t == 3 and self.episode % 2 == 1
+        return self.obs, reward, end, self.t == 5 and not self.failing("Endless"), self.info
 
     def render(self):
-        raise RuntimeError("no GL context")
+        if self.picture == "raise":
+            raise RuntimeError("no GL context")
+        return np.full((32, 32, 3), 40 * self.t, np.uint8) if self.picture == "yes" else None
 
 
-class Faulty(Counting):
-    """Breaks at step 150 of those it has made, all episodes counted, or with `reset` at reset number `resets`."""
+class Dice(gym.Env):
+    """Draws from the generators of numpy and of Python that a whole process shares. Ends at a time limit."""
 
-    def __init__(self, fault: str, resets: int = 0):
-        super().__init__()
-        self.fault, self.resets = fault, resets
+    def __init__(self):
+        self.observation_space = self.action_space = gym.spaces.Box(-1.0, 1.0, (2,))
 
     def reset(self, *, seed=None, options=None):
-        obs, info = super().reset(seed=seed)
-        if self.fault == "reset" and self.episode == self.resets:
-            raise RuntimeError("no ground\nunder the robot")
-        return obs, info
+        return np.random.uniform(-1, 1, 2), {}
 
     def step(self, action):
-        obs, reward, *others = super().step(action)
-        if self.total == 150 and self.fault == "step":
-            raise RuntimeError("the joints\nhave come apart")
-        values = dict(nan_obs=(np.nan, 0), inf_obs=(np.inf, 0), nan_reward=(0, np.nan)) if self.total == 150 else {}
-        of_obs, of_reward = values.get(self.fault, (0, 0))
-        return obs + of_obs, reward + of_reward, *others
+        return np.random.uniform(-1, 1, 2), random.random(), False, False, {}
 
 
 class Spaces(gym.Env):
-    """Never stepped: a task with the given spaces."""
+    """A task with the given spaces, whose observations are drawn from them."""
 
     def __init__(self, obs, action):
         self.observation_space, self.action_space = obs, action
 
+    def reset(self, *, seed=None, options=None):
+        return self.observation_space.sample(), {}
 
-box = gym.spaces.Box(-1.0, 1.0, (2,))
-gym.register("Counting-v0", Counting, max_episode_steps=5)
-gym.register("NaN-v0", Counting, max_episode_steps=5, kwargs=dict(nan_at=150))
-for name, fault in dict(NaNObs="nan_obs", InfObs="inf_obs", NaNReward="nan_reward", BadStep="step").items():
-    gym.register(f"{name}-v0", Faulty, max_episode_steps=5, kwargs=dict(fault=fault))
-gym.register("BadReset-v0", Faulty, max_episode_steps=5, kwargs=dict(fault="reset"))
-gym.register("BadLaterReset-v0", Faulty, max_episode_steps=5, kwargs=dict(fault="reset", resets=30))
-gym.register("NoScreen-v0", NoScreen, max_episode_steps=5)
-gym.register("Bounds-v0", Counting, max_episode_steps=5, kwargs=dict(low=(-2.0, 0.0, 5.0), high=(1.0, 0.1, 6.0)))
-gym.register("Dict-v0", Spaces, kwargs=dict(obs=gym.spaces.Dict(a=box), action=box))
-gym.register("Image-v0", Spaces, kwargs=dict(obs=gym.spaces.Box(0, 255, (8, 8, 3), np.uint8), action=box))
-gym.register("Discrete-v0", Spaces, kwargs=dict(obs=box, action=gym.spaces.Discrete(3)))
-gym.register("Unbounded-v0", Spaces, kwargs=dict(obs=box, action=gym.spaces.Box(-np.inf, 1.0, (2,))))
+    def step(self, action):
+        return self.reset()[0], 1.0, False, False, {}
+
+
+FAULTS = ("Raise", "RaiseReset", "NaNObs", "InfObs", "NaNReward", "Sleep", "SleepReset", "Endless")
+for fault, place in itertools.product(FAULTS, ("Training", "Evaluation")):
+    gym.register(f"{fault}In{place}-v0", Counting, kwargs=dict(fault=fault, place=place))
+for name, picture in dict(Counting="yes", NoPicture="none", NoScreen="raise").items():
+    gym.register(f"{name}-v0", Counting, kwargs=dict(picture=picture))
+gym.register("Dice-v0", Dice, max_episode_steps=20)
+box, matrix = gym.spaces.Box(-1.0, 1.0, (2,)), gym.spaces.Box(-1.0, 1.0, (2, 2))
+for name, obs, action in (
+    ("Dict", gym.spaces.Dict(a=box, b=matrix, c=gym.spaces.Discrete(3)), box),
+    ("Image", gym.spaces.Box(0, 255, (8, 8, 3), np.uint8), box),
+    ("Discrete", box, gym.spaces.Discrete(3)),
+    ("Unbounded", box, gym.spaces.Box(-np.inf, 1.0, (2,))),
+    ("Matrix", box, matrix),
+):
+    gym.register(f"{name}-v0", Spaces, max_episode_steps=5, kwargs=dict(obs=obs, action=action))
