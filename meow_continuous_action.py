@@ -562,10 +562,10 @@ def train(args: Args) -> Path:
                 events |= {"charts/episodic_return": last_return, "charts/episodic_length": float(episode_length[i])}
                 episode_return[i], episode_length[i], obs[i] = 0, 0, envs[i].reset()[0]
     except BaseException as e:  # Ctrl-C, SIGTERM, an error of the task, a loss that is not finite
+        e = e.__context__ if isinstance(e.__context__, (KeyboardInterrupt, SystemExit)) else e  # torch.save hides it
         save("checkpoint.pt")
-        bar.close()
-        print(f"stopped at step {global_step}; continue with: python {sys.argv[0]} --resume {run_dir}")
-        raise SystemExit(130) if isinstance(e, KeyboardInterrupt) else e from None
+        bar.write(f"stopped at step {global_step}; continue with: python {sys.argv[0]} --resume {run_dir}")
+        raise SystemExit(130) if isinstance(e, KeyboardInterrupt) else e from e.__cause__
     save("checkpoint.pt")
     (run_dir / "buffer.bin").unlink()
     [each.close() for each in (bar, writer, *envs, *eval_envs)]
