@@ -5,7 +5,6 @@ They are forked from a process that has imported everything: one costs 0.3 s to 
 
 import functools
 import importlib
-import json
 import multiprocessing
 import os
 import runpy
@@ -138,7 +137,3 @@ def check_rows(rows: np.ndarray) -> None:
     assert (episode == next_episode).all() and (next_step == step + 1).all() and (reward == next_step).all()
     assert (d == ((episode % 2 == 1) & (next_step == 3))).all() and (next_step[episode % 2 == 1] <= 3).all()
     assert (next_step <= 5).all() and d.any() and (next_step == 5).any()
-
-
-def args_of(folder: Path, name: str = "args.json") -> dict:
-    return json.loads((folder / name).read_text())["args"]

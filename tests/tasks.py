@@ -50,6 +50,8 @@ class Counting(gym.Env):
             raise RuntimeError("the joints\nhave come apart")
         if self.failing("Sleep"):
             time.sleep(30)
+        if self.failing("Slow"):
+            time.sleep(0.02)
         self.obs[:] = self.episode, self.t
         reward = float(self.t)
         if self.failing("NaNObs", "InfObs"):
@@ -91,7 +93,7 @@ class Spaces(gym.Env):
         return self.reset()[0], 1.0, False, False, {}
 
 
-FAULTS = ("Raise", "RaiseReset", "NaNObs", "InfObs", "NaNReward", "Sleep", "SleepReset", "Endless")
+FAULTS = ("Raise", "RaiseReset", "NaNObs", "InfObs", "NaNReward", "Slow", "Sleep", "SleepReset", "Endless")
 for fault, place in itertools.product(FAULTS, ("Training", "Evaluation")):
     gym.register(f"{fault}In{place}-v0", Counting, kwargs=dict(fault=fault, place=place))
 for name, picture in dict(Counting="yes", NoPicture="none", NoScreen="raise").items():

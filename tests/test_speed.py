@@ -123,7 +123,6 @@ def test_second_run_of_a_process_has_its_own_flags(tmp_path, monkeypatch):
 @each_script
 def test_recorded_updates_are_eager_ones(learner, script, monkeypatch):
     """50 updates with CUDA graphs and without, of the same random numbers, without dropout."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)  # as the scripts do: not every operation is allowed then
     ends, own = [], dict(dropout=0.0) if hasattr(MODULES[script].Args, "dropout") else {}
     for recorded in (True, False):
