@@ -530,7 +530,8 @@ def train(args: Args) -> Path:
     except BaseException as e:  # Ctrl-C, SIGTERM, an error of the task, a loss that is not finite
         e = e.__context__ if isinstance(e.__context__, (KeyboardInterrupt, SystemExit)) else e  # torch.save hides it
         save("checkpoint.pt")
-        bar.write(f"stopped at step {global_step}; continue with: python {sys.argv[0]} --resume {run_dir}")
+        bar.close()
+        print(f"stopped at step {global_step}; continue with: python {sys.argv[0]} --resume {run_dir}")
         raise SystemExit(130) if isinstance(e, KeyboardInterrupt) else e from e.__cause__
     save("checkpoint.pt")
     (run_dir / "buffer.bin").unlink()

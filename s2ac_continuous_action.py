@@ -17,8 +17,6 @@ is known. B: batch, O: observation, D: action, u: an action before its tanh, del
     (7)  y = r + gamma (1 - d) V'(s'),  L_Q = mean (Q_i(s,a) - y)^2                           make_update
     (8)  L_theta = mean (alpha log pi(a|s) - min_i Q_i(s,a)),  through (1) to (4)             make_update
     (9)  f(s, z), z ~ N(0, I), moves along the sum in (2) of its own particles                make_update
-
-Variant phi has a fixed q^0, phi-theta learns mu and sigma, phi-theta-psi also f, for the evaluation. L = 0 is SAC.
 """
 
 import collections
@@ -572,7 +570,8 @@ def train(args: Args) -> Path:
     except BaseException as e:  # Ctrl-C, SIGTERM, an error of the task, a loss that is not finite
         e = e.__context__ if isinstance(e.__context__, (KeyboardInterrupt, SystemExit)) else e  # torch.save hides it
         save("checkpoint.pt")
-        bar.write(f"stopped at step {global_step}; continue with: python {sys.argv[0]} --resume {run_dir}")
+        bar.close()
+        print(f"stopped at step {global_step}; continue with: python {sys.argv[0]} --resume {run_dir}")
         raise SystemExit(130) if isinstance(e, KeyboardInterrupt) else e from e.__cause__
     save("checkpoint.pt")
     (run_dir / "buffer.bin").unlink()
