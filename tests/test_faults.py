@@ -60,7 +60,7 @@ RAISE = dict(Raise="the joints\nhave come apart", RaiseReset="no ground\nunder t
 FAILING = [
     (MEOW, fault, place) for fault in ("Raise", "RaiseReset", "NaNObs", "InfObs", "NaNReward") for place in (0, 1)
 ]
-FAILING += [(script, *case) for script in OTHERS for case in (("NaNReward", 0), ("Raise", 1))]
+FAILING += [(script, "Raise", 1) for script in OTHERS]
 
 
 @pytest.mark.parametrize("script, fault, place", FAILING)
@@ -150,7 +150,7 @@ def test_stopped_while_it_saves(tmp_path, monkeypatch):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_again_and_again_at_random_moments(tmp_path, script):
     """Half of the times within a checkpoint, of which there is one every other step. One loads at every moment."""
-    cwd, rng, kills, reached, within = tmp_path / "x", random.Random(script), 10 if script == MEOW else 3, 0, 0
+    cwd, rng, kills, reached, within = tmp_path / "x", random.Random(script), 10 if script == MEOW else 2, 0, 0
     argv = flags(script, total_timesteps=10_000, checkpoint_frequency=2, eval_frequency=150)
 
     def stepping(n: int) -> bool:
@@ -161,7 +161,7 @@ def test_killed_again_and_again_at_random_moments(tmp_path, script):
 
     for k in range(kills):
         life = Life(script, *argv, cwd=cwd)
-        life.until(functools.partial(stepping, steps_of(cwd) + rng.randrange(100 // kills, 400 // kills)))
+        life.until(functools.partial(stepping, steps_of(cwd) + rng.randrange(120 // kills, 400 // kills)))
         kept = keep_rows(cwd)
         time.sleep(rng.uniform(0, 0.01))
         if k % 2:
