@@ -211,7 +211,8 @@ class MLP(nn.Module):
             x = self.norms[k](self.linears[k](x))
             x = x * torch.sigmoid(self.betas[k] * x)
             x = x if keep is None else x * keep[k]
-        return self.linears[2](x)
+        last = self.linears[2]  # one column as a sum: on a CPU the gradient of such a product is slow
+        return (x * last.weight).sum(-1, keepdim=True) + last.bias if last.out_features == 1 else last(x)
 
 
 class ShiftValue(nn.Module):

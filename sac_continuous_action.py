@@ -11,7 +11,7 @@ and it is that of the actor, not of exp(Q / alpha). B: batch, O: observation, D:
 
     (1)  u ~ N(mu(s), sigma(s)^2),  a = tanh(u)                                 GaussianActor.forward
     (2)  log pi(a|s) = log N(u) - sum log(1 - a^2)                              GaussianActor.forward
-    (3)  Q_i(s,a), two nets                                                     TwinQ.forward
+    (3)  Q_i(s,a), two nets                                                     ShiftedTwinQ.forward
     (4)  V(s) = (1/M) sum_j [min_i Q_i(s,a_j) - alpha log pi(a_j|s)],  a_j ~ pi  SAC.v
     (5)  y = r + gamma (1 - d) V'(s'),  M = 1,  L_Q = mean (Q_i(s,a) - y)^2     make_update
     (6)  L_pi = mean (alpha log pi(a|s) - min_i Q_i(s,a)),  a ~ pi              make_update
