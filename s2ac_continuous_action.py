@@ -118,6 +118,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
         same = not first.resume or name in MAY_CHANGE or value == base[name]
         require(same, f"{flag}: expected {base.get(name)}, as in {first.resume}; leave it out or start a new run")
     require(args.learning_starts < args.total_timesteps, "--learning-starts: expected less than --total-timesteps")
+    require(getattr(args, "log_sigma_min", 0) < getattr(args, "log_sigma_max", 1), "--log-sigma-min: above the maximum")
     require(args.num_envs <= args.buffer_size, "--num-envs: expected at most --buffer-size")
     require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: PyTorch sees no GPU; use --device cpu")
     args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device

@@ -252,6 +252,7 @@ MISTAKES = {
     "--learning-starts=0": "--learning-starts 0: expected",
     "--total-timesteps=5000": "--learning-starts: expected less than --total-timesteps",
     "--num-envs=2000000": "--num-envs: expected at most --buffer-size",
+    "--log-sigma-min=0": "--log-sigma-min: above the maximum",
 }
 if not torch.cuda.is_available():
     MISTAKES["--device=cuda"] = "--device cuda: PyTorch sees no GPU"
