@@ -57,7 +57,7 @@ class Args:
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: if the run is long enough to pay for it
     torch_deterministic: bool = True  # deterministic algorithms: same machine, same seed, same numbers
     track: bool = False  # log to Weights & Biases, too; WANDB_PROJECT, WANDB_ENTITY, WANDB_MODE=offline as usual
-    capture_video: bool = False  # record the first episode of every evaluation in the run's videos/
+    capture_video: bool = False  # record the first episode of every evaluation in the run's videos-from-STEP/
     evaluate: str | None = None  # path of a checkpoint: print the returns of its policy and exit
     resume: str | None = None  # folder of a run to continue from its last checkpoint
     total_timesteps: int = 1_000_000  # environment steps, summed over the environments
