@@ -285,23 +285,23 @@ def concatenate(tensors) -> torch.Tensor:
 
 def unflatten(flat: torch.Tensor, module: nn.Module) -> dict[str, torch.Tensor]:
     """The vector (P,) as the parameters of `module` by name, for functional_call."""
-    parts = flat.split([p.numel() + -p.numel() % 4 for p in module.parameters()])
-    named = zip(module.named_parameters(), parts, strict=True)
-    return {name: part[: p.numel()].view_as(p) for (name, p), part in named}
+    parts = iter(flat.split([p.numel() + -p.numel() % 4 for p in module.parameters()]))
+    return {name: next(parts)[: p.numel()].view_as(p) for name, p in module.named_parameters()}
 
 
 def flatten(module: nn.Module) -> torch.Tensor:
     """Move all parameters into one vector (P,), of which they become views: one Adam, one norm, one Polyak step."""
     flat = concatenate(p.detach() for p in module.parameters())
-    for p, part in zip(module.parameters(), unflatten(flat, module).values(), strict=True):
-        p.data = part
+    views = unflatten(flat, module)
+    for name, p in module.named_parameters():
+        p.data = views[name]
     return flat
 
 
 def compiled(args: Args):
     """Decorator: torch.compile, if --compile is on. What a CPU's loops need twice is kept, not computed again."""
     options = {} if args.device == "cuda" else {"cpp_wrapper": True, "realize_reads_threshold": 0}
-    options["guard_filter_fn"] = torch.compiler.keep_tensor_guards_unsafe  # check shapes, not every module, each time
+    options["guard_filter_fn"] = getattr(torch.compiler, "keep_tensor_guards_unsafe", None)  # check shapes alone
     return torch.compile(fullgraph=True, options=options) if args.compile == "on" else lambda function: function
 
 

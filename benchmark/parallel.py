@@ -1,17 +1,16 @@
-"""Robot-steps and updates a second of meow_isaacgym.py, and where the time goes, for several numbers of robots.
+"""Steps and updates a second of meow_isaacgym.py and sac_isaacgym.py, where the time goes, and curves of their runs.
 
     python -m benchmark.parallel --env-id ant --num-envs 16 64 256 --csv benchmark/results/brax_rates.csv
-    python -m benchmark.parallel --env-id ant --num-envs 128 512 1024 2048 4096 --csv NAME.csv    # on a GPU
+    python -m benchmark.parallel --env-id ant --num-envs 128 1024 4096 --csv NAME.csv    # on a GPU
 
-The loop is the script's: act, step the simulator, store, draw a batch, update. It runs twice, after a warm-up in which
-everything is compiled or captured: as it is, which gives the rates, and with a wait for the device after each part,
-which gives the shares of the simulator, the policy (standardisation included), the update (drawing its batch included)
-and the buffer. Settings are the task's preset. Leave the machine's other cores idle while it runs.
+The loop is the scripts': act, step the simulator, store, update. After a warm-up in which everything is compiled or
+recorded it runs twice: as it is, which gives the rates, and with a wait for the device after each part, which gives the
+shares of policy, simulator, buffer and update. Leave the machine's other cores idle.
 
     python -m benchmark.parallel --runs runs/ant__* --csv benchmark/results/brax_ant.csv
 
-writes the curves of runs instead: mean return and length of the training episodes that ended since the last log, and
-of the evaluations, with the seconds since the first log.
+writes the curves of finished brax runs instead: return and length of the training episodes and of the evaluations, and
+of the last checkpoint, played once more, the distance walked: x at the end of an episode minus x at its start, in m.
 """
 
 import dataclasses
@@ -25,13 +24,16 @@ import time
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import tyro
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import meow_isaacgym as script
-from benchmark import write_csv
+import meow_isaacgym
+import sac_isaacgym
+from benchmark import commit, write_csv
 
+SCRIPTS = dict(meow=meow_isaacgym, sac=sac_isaacgym)
 PARTS = ("policy", "simulator", "buffer", "update")
 
 
@@ -40,106 +42,127 @@ class Args:
     csv: Path
     """table to write"""
     sim: Literal["brax", "isaacgymenvs", "isaaclab"] = "brax"
-    """simulator; isaacgymenvs makes one environment a process, so one number of robots"""
+    """simulator; isaacgymenvs makes one simulation a process, so one number of environments"""
     env_id: str = "ant"
     """task"""
     brax_backend: str = "mjx"
     """physics of brax"""
     num_envs: tuple[int, ...] = (16, 64, 256)
-    """numbers of robots"""
-    algos: tuple[Literal["meow", "sac"], ...] = ("meow", "sac")
-    """algorithms"""
+    """numbers of environments"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """where everything lives"""
+    compile: Literal["on", "off"] = "on"
+    """torch.compile"""
     steps: int = 300
-    """steps that are timed"""
-    clock: Literal["wall", "cpu"] = "wall"
-    """cpu: count CPU seconds of the process, for a CPU that other jobs use, too"""
+    """steps of all environments that are timed"""
     runs: tuple[Path, ...] = ()
     """folders of runs whose curves to write instead"""
 
 
-def loop(sim, agent, standardizer, buffer, update, batch_size: int, steps: int, wait, now) -> dict[str, float]:
-    """Seconds by now() spent in each part over `steps` steps; wait() returns when the device is done."""
-    seconds = dict.fromkeys(PARTS, 0.0)
-    for _ in range(steps):
-        clock = [now()]
-
-        def lap(clock=clock):
-            wait()
-            clock.append(now())
-
-        obs = sim.obs
-        standardizer.update(obs)
-        with torch.no_grad():
-            actions = agent.sample(standardizer(obs)).nan_to_num()
-        lap()
-        next_obs, rewards, terminated, truncated, valid = sim.step(actions)
-        lap()
-        buffer.add(valid, obs, actions, rewards, next_obs, terminated)
-        lap()
-        batch = buffer.sample(batch_size)
-        update(batch._replace(obs=standardizer(batch.obs), next_obs=standardizer(batch.next_obs)))
-        lap()
-        for part, start, end in zip(PARTS, clock, clock[1:], strict=False):
-            seconds[part] += end - start
-    return seconds
+def machine(device: str) -> str:
+    name = torch.cuda.get_device_name() if device == "cuda" else "no GPU"
+    return f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {name}"
 
 
 def measure(args: Args, num_envs: int) -> list[dict]:
-    """A row for each algorithm; they share the simulator."""
+    """A row for each algorithm; they share the simulator. One update a step, whatever the preset."""
     flags = ["--sim", args.sim, "--env-id", args.env_id, "--num-envs", str(num_envs), "--device", args.device]
-    flags += ["--brax-backend", args.brax_backend]
-    settings = [script.parse_flags([*flags, "--algo", algo]) for algo in args.algos]
-    device = script.rank_device(settings[0])
-    now = time.perf_counter if args.clock == "wall" else time.process_time
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    sim = script.make_sim(settings[0], 1, device)
-    rows = []
-    for setting in settings:
-        sim.reset()
-        agent = script.make_agent(sim.obs_dim, sim.action_dim, setting).to(device)
-        make_learner = script.make_meow_learner if setting.algo == "meow" else script.make_sac_learner
-        update = make_learner(agent, setting)[0]
-        update = script.captured(update) if device.type == "cuda" else update
-        buffer = script.DeviceBuffer(2 * args.steps + 100, num_envs, sim.obs_dim, sim.action_dim, device)
+    flags += ["--brax-backend", args.brax_backend, "--compile", args.compile, "--learning-starts", str(num_envs)]
+    settings = {name: script.parse_args(flags) for name, script in SCRIPTS.items()}
+    sim = meow_isaacgym.make_sim(settings["meow"], 1)
+    sizes, device, rows = (sim.obs_dim, sim.action_dim), settings["meow"].device, []
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    for name, script in SCRIPTS.items():
+        setting = settings[name]
+        torch.compiler.reset()
+        agent = script.Agent(*sizes, setting)
+        agent.standardizer = script.Standardizer(sim.obs_dim)
+        agent.to(device)
+        obs, actions = (torch.zeros(num_envs, n, device=device) for n in sizes)
+        sample = script.compiled(setting)(agent.sample)
+
+        @script.recorded(setting)
+        @torch.no_grad()
+        def act(agent=agent, sample=sample, obs=obs, actions=actions):
+            agent.standardizer.update(obs)
+            actions.copy_(sample(agent.standardizer(obs)))
+
         with tempfile.TemporaryDirectory() as folder:  # the mapping outlives its file
-            buffer.open(Path(folder) / "buffer.bin")
-        standardizer = script.Standardizer(sim.obs_dim).to(device)
-        about = (sim, agent, standardizer, buffer, update, setting.batch_size)
-        loop(*about, 50, wait, now)
+            path = Path(folder, "buffer.bin")
+            buffer = script.ReplayBuffer(path, (2 * args.steps + 100) * num_envs, agent, sizes, device)
+        update, _, _ = script.make_update(agent, buffer, setting)
+
+        def loop(steps: int, wait, act=act, update=update, buffer=buffer, obs=obs, actions=actions) -> dict[str, float]:
+            """Seconds spent in each part; wait() returns when the device is done."""
+            seconds = dict.fromkeys(PARTS, 0.0)
+            for _ in range(steps):
+                clock = [time.perf_counter()]
+                obs.copy_(sim.obs)
+                act()
+                wait(), clock.append(time.perf_counter())
+                next_obs, rewards, terminated, _, valid = sim.step(actions)
+                wait(), clock.append(time.perf_counter())
+                buffer.add(valid, obs, actions, rewards, next_obs, terminated)
+                wait(), clock.append(time.perf_counter())
+                update()
+                wait(), clock.append(time.perf_counter())
+                for part, seconds_of in zip(PARTS, np.diff(clock), strict=True):
+                    seconds[part] += seconds_of
+            return seconds
+
+        sim.reset()
+        loop(50, wait)
+        start = time.perf_counter()
+        loop(args.steps, lambda: None)
         wait()
-        start = now()
-        loop(*about, args.steps, lambda: None, now)
-        wait()
-        total = now() - start
-        seconds = loop(*about, args.steps, wait, now)
-        row = dict(sim=args.sim, env_id=args.env_id, algo=setting.algo, num_envs=num_envs, batch=setting.batch_size)
-        row.update(robot_steps_per_s=round(num_envs * args.steps / total), updates_per_s=round(args.steps / total, 1))
-        row.update({f"{part}_share": round(seconds[part] / sum(seconds.values()), 3) for part in PARTS})
-        name = torch.cuda.get_device_name() if device.type == "cuda" else "no GPU"
-        machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {name}"
-        rows.append(
-            {**row, "clock": args.clock, "machine": machine, "commit": script.commit(), "command": shlex.join(sys.argv)}
-        )
-        print("  ".join(f"{key}={value}" for key, value in rows[-1].items() if key != "command"), flush=True)
+        total = time.perf_counter() - start
+        seconds = loop(args.steps, wait)
+        row = dict(sim=args.sim, env_id=args.env_id, algo=name, num_envs=num_envs, batch=setting.batch_size)
+        row |= dict(steps_per_s=round(num_envs * args.steps / total), updates_per_s=round(args.steps / total, 1))
+        row |= {f"{part}_share": round(seconds[part] / sum(seconds.values()), 3) for part in PARTS}
+        print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+        rows.append(row | dict(machine=machine(device), commit=commit(), command=shlex.join(sys.argv)))
     return rows
 
 
+@torch.no_grad()
+def walk(run: Path) -> dict[str, float]:
+    """Return, length and distance (m) of the last checkpoint: means over an episode in each environment, with the
+    deterministic action, from the starts of the evaluations."""
+    name = json.loads((run / "args.json").read_text())["args"]["exp_name"].removesuffix("_isaacgym")
+    script = SCRIPTS[name]
+    agent, args = script.load_agent(run / "checkpoint.pt")
+    sim = script.make_sim(args, 1)
+    sim.reset(script.EVAL_SEED)
+    returns, lengths, start, end = np.zeros((4, args.num_envs))
+    active = np.ones(args.num_envs, dtype=bool)
+    while active.any():
+        _, rewards, terminated, truncated, valid = sim.step(agent.sample(agent.standardizer(sim.obs), True))
+        x = np.asarray(sim.metrics["x_position"])
+        start = np.where(lengths == 0, x, start)
+        end = np.where(active, x, end)
+        returns += rewards.numpy() * active * valid.numpy()
+        lengths += active * valid.numpy()
+        active &= ~(terminated | truncated).numpy()
+    return {"return": returns.mean(), "length": lengths.mean(), "distance": (end - start).mean()}
+
+
 def curves(run: Path) -> list[dict]:
-    """Rows of a run's curves."""
+    """Rows of a run's curves, and one of its last checkpoint."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     facts = json.loads((run / "args.json").read_text())
-    about = dict(algo=facts["args"]["algo"], seed=facts["args"]["seed"])
-    about.update({key: facts[key] for key in ("machine", "commit", "command")})
+    args = facts["args"]
+    about = dict(env_id=args["env_id"], algo=args["exp_name"].removesuffix("_isaacgym"), seed=args["seed"])
+    about |= {key: facts[key] for key in ("machine", "commit", "command")}
     begin, rows = events.Scalars("losses/qf_loss")[0].wall_time, []
     for kind in ("charts", "eval"):
         lengths = {e.step: e.value for e in events.Scalars(f"{kind}/episodic_length")}
         for e in events.Scalars(f"{kind}/episodic_return"):
-            row = {"curve": "training" if kind == "charts" else "evaluation", "robot_step": e.step}
-            row.update({"return": round(e.value, 2), "length": round(lengths[e.step], 1)})
-            rows.append({**row, "seconds": round(e.wall_time - begin), **about})
-    return rows
+            row = dict(curve="training" if kind == "charts" else "evaluation", step=e.step)
+            row |= {"return": round(e.value, 2), "length": round(lengths[e.step], 1), "distance": ""}
+            rows.append(row | dict(seconds=round(e.wall_time - begin)) | about)
+    last = {key: round(value, 2) for key, value in walk(run).items()}
+    return [*rows, dict(curve="last checkpoint", step=rows[-1]["step"], **last, seconds="") | about]
 
 
 def main(args: Args) -> None:
@@ -151,8 +174,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Args))
-    except script.UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    main(tyro.cli(Args))

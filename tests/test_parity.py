@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = {
     path.stem.removesuffix("_continuous_action"): path.read_text() for path in ROOT.glob("*_continuous_action.py")
 }
+PARALLEL = {path.stem.removesuffix("_isaacgym"): path.read_text() for path in ROOT.glob("*_isaacgym.py")}
 OWN = {"PRESETS", "GOAL_MAP", "LIMITS", "METRICS", "Agent", "make_update"}  # the algorithm's
 SHARED = {"parse_args", "make_env", "Batch", "ReplayBuffer", "flatten", "compiled", "recorded", "evaluate"}
 SHARED |= {"load_checkpoint", "load_agent", "train", "__main__", "Args", "EVAL_SEED", "MAY_CHANGE"}  # in every script
@@ -53,9 +54,22 @@ def test_what_has_the_same_name_is_the_same_text_in_the_same_order():
         assert not (SHARED | OWN) - {"GOAL_MAP"} - blocks(source).keys(), script
 
 
-@pytest.mark.parametrize("script", SOURCES)
-def test_a_script_is_read_in_one_sitting(script):
-    lines = SOURCES[script].splitlines()
+def test_parallel_scripts():
+    """They are one text but for the algorithm, and of the algorithm's script all but what has to do with the loop."""
+    assert PARALLEL.keys() == {"meow", "sac"} and not drift(PARALLEL)
+    loop = {"Args", "PRESETS", "LIMITS", "EVAL_SEED", "MAY_CHANGE", "parse_args", "ReplayBuffer"}
+    loop |= {"evaluate", "load_agent", "train", "__main__"}
+    for name, source in PARALLEL.items():
+        mine, theirs = blocks(source), blocks(SOURCES[name])
+        assert {each for each in mine if each in theirs and mine[each] != theirs[each]} == loop
+        assert theirs.keys() - mine.keys() <= {"GOAL_MAP", "make_env"}
+
+
+@pytest.mark.parametrize(
+    "path", [*ROOT.glob("*_continuous_action.py"), *ROOT.glob("*_isaacgym.py")], ids=lambda p: p.stem
+)
+def test_a_script_is_read_in_one_sitting(path):
+    lines = path.read_text().splitlines()
     assert len(lines) <= 600 and max(map(len, lines)) <= 120
 
 
