@@ -136,14 +136,14 @@ def tables() -> dict[str, str]:
     found["estimators"] = table(rows, "env_id estimator", "bias:2", "M")
     rows = read("entropy", varied=["sigma"], target=["paper", "variance 1", "variance 16", "mixture of 4"])
     found["entropies"] = table(rows, "target exact", "estimate:2", "sigma")
-    found["acting"] = table(read("acting", env_id=["Hopper-v4"]), "algorithm", "draw_ms:3 evaluation_ms:3")
-    found["compiled"] = table(read("compiled_eager", step=["30000", "16000"]), "env_id step compile", "return:0")
     timing, one = "update_ms:2 act_ms:3 loop_sps:0", ["1"]
-    found["speed"] = table(read("speed", "speed_large", threads=one), "env_id implementation", timing)
+    rows = read("speed", "speed_large", threads=one, env_id=["Hopper-v4", "Humanoid-v4"])
+    found["speed"] = table(rows, "env_id implementation", timing)
     found["speed_now"] = table(read("speed_hopper"), "threads implementation", timing)
-    found["speed_eager"] = table(read("speed_eager"), "implementation mode", timing)
-    found["speed_growth"] = table(read("speed_growth", num_seeds=one), "implementation batch_size num_envs", timing)
-    return found | {"speed_h200": table(read("speed_h200"), "implementation num_seeds", timing)}
+    found["speed_eager"] = table(read("speed_eager"), "implementation", "update_ms:2", "mode")
+    rows = read("speed_growth", num_seeds=one, implementation=["MEow"])
+    found["speed_growth"] = table(rows, "batch_size num_envs", timing)
+    return found | {"speed_h200": table(read("speed_h200", num_seeds=one), "implementation", timing)}
 
 
 def draw(name: str) -> None:
