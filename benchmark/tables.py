@@ -115,13 +115,12 @@ def five_tasks() -> str:
 
 def clamp() -> str:
     """-log of the integral of pi over the box, z ~ N(0, sigma^2): by that V / alpha is too high, a dimension."""
-    lines, z = [], math.atanh(1 - 1e-5)
-    for log_sigma in (-0.3, 0.0, 0.5, 1.0, 1.5, 2.0):
-        sigma = math.exp(log_sigma)
-        beyond = 2e-5 * norm.pdf(z, scale=sigma) / (1 - (1 - 1e-5) ** 2)  # all there have the clamped action's density
-        error = -math.log(1 - 2 * norm.sf(z, scale=sigma) + beyond)
-        lines.append({"log σ": log_sigma, "V is too high by": f"{abs(error):.3f} α"})
-    return markdown(lines)
+    log_sigma, z = np.array([-0.3, 0, 0.5, 1, 1.5, 2]), math.atanh(1 - 1e-5)
+    sigma = np.exp(log_sigma)
+    beyond = 2e-5 * norm.pdf(z, scale=sigma) / (1 - (1 - 1e-5) ** 2)  # all there have the clamped action's density
+    errors = np.abs(np.log(1 - 2 * norm.sf(z, scale=sigma) + beyond))
+    head = ("log σ", "V is too high by")
+    return markdown([dict(zip(head, (x, f"{e:.3f} α"), strict=True)) for x, e in zip(log_sigma, errors, strict=True)])
 
 
 def tables() -> dict[str, str]:

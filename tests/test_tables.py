@@ -46,4 +46,5 @@ def test_clamp_is_the_integral_of_the_density(log_sigma, error):
 
 
 def test_readme_has_the_largest_error_of_the_clamp():
-    assert f"{tables.clamp().split(' | ')[-1].removesuffix(' |')} a dimension" in (tables.ROOT / "README.md").read_text()
+    largest = tables.clamp().split(" | ")[-1].removesuffix(" |")
+    assert f"{largest} a dimension" in (tables.ROOT / "README.md").read_text()
