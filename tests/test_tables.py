@@ -1,0 +1,50 @@
+"""The pages have the tables that benchmark.tables writes from the committed CSVs, and these are right."""
+
+import re
+
+import numpy as np
+import pytest
+
+from benchmark import tables
+
+
+def test_pages_are_what_the_command_writes():
+    for path, text in tables.pages().items():
+        assert path.read_text() == text, f"{path.name} is stale: run python -m benchmark.tables"
+
+
+def test_every_table_and_picture_stands_in_a_page():
+    text = "".join(path.read_text() for path in tables.pages())
+    named = set(re.findall(r"<!-- table: (\w+) -->", text))
+    assert named == set(tables.tables()) and text.count("<!-- table: ") == text.count("<!-- end -->")
+    assert not [name for name in tables.CURVES if f"{name}.png)" not in text]
+
+
+def test_scores_are_of_the_last_five_evaluations_that_all_runs_have(monkeypatch):
+    runs = [{10 * k: float(k) for k in range(1, 9)}, {10 * k: 2.0 * k for k in range(1, 11)}]  # to steps 80 and 100
+    monkeypatch.setattr(tables, "curves", lambda name: {"Hopper-v4": {"MEow": (runs, {0: 0.0, 100: 200.0})}})
+    (row,) = tables.scores("any")
+    assert row["steps"] == "80" and row["each seed"] == "6 / 12" and row["paper"] == "120"  # means at steps 40 to 80
+
+
+def test_interval_is_students():
+    assert tables.interval([1.0]) == "1 (one seed)"
+    draws = np.random.default_rng(0).normal(1000, 100, (2000, 3))
+    ends = [re.findall(r"-?\d+", tables.interval(list(x)).split("(")[1]) for x in draws]
+    assert np.mean([int(low) <= 1000 <= int(high) for low, high in ends]) == pytest.approx(0.95, abs=0.015)
+
+
+@pytest.mark.parametrize("log_sigma, error", [(1.0, 0.013), (2.0, 0.463)])
+def test_clamp_is_the_integral_of_the_density(log_sigma, error):
+    """-log of a sum over the box, not in the closed form of the table."""
+    a = np.linspace(-1, 1, 4_000_001)[:-1] + 2.5e-7  # middles of cells narrower than what the clamp cuts off
+    clamped = np.clip(a, -1 + 1e-5, 1 - 1e-5)
+    z, sigma = np.arctanh(clamped), np.exp(log_sigma)
+    density = np.exp(-0.5 * (z / sigma) ** 2) / (sigma * np.sqrt(2 * np.pi)) / (1 - clamped**2)
+    assert -np.log(density.sum() * 5e-7) == pytest.approx(error, abs=1e-3)
+    assert f"| {log_sigma} | {error:.3f} α |" in tables.clamp()
+
+
+def test_readme_has_the_largest_error_of_the_clamp():
+    largest = tables.clamp().split(" | ")[-1].removesuffix(" |")
+    assert f"{largest} a dimension" in (tables.ROOT / "README.md").read_text()
