@@ -1,6 +1,6 @@
 """Errors of the soft-value estimators of SQL and SAC, on a trained MEow whose soft value is known (figure 1b).
 
-    python -m benchmark.estimation --checkpoint runs/RUN/checkpoint.pt --csv NAME.csv --png NAME.png
+    python -m benchmark.studies.value_estimators --checkpoint runs/RUN/checkpoint.pt --csv NAME.csv --png NAME.png
 
 Q, pi and V = alpha log int exp(Q / alpha) da are those of the checkpoint, of MEow's script or of its mixture's (the
 smaller of Q_1 and Q_2). Q is then given to the estimators of the other scripts, for M = 1 ... 1024 samples:
@@ -10,7 +10,7 @@ smaller of Q_1 and Q_2). Q is then given to the estimators of the other scripts,
     SAC, MEow's policy           the same with actions of pi: exact, which checks the method
 
 at an initial state and over states that the policy visits. Bias: mean of estimate - V; spread: standard deviation of
-an estimate; both by state, then averaged over the states. With D <= 2, V is also integrated by quadrature.
+an estimate; both by state, then averaged over the states.
 """
 
 import dataclasses
@@ -19,12 +19,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 
 import multigoal
 import sac_continuous_action as sac
 import sql_continuous_action as sql
-from benchmark import write_csv
+from benchmark import PALETTE, UserError, exit_code, panels, save_picture, write_csv
 
 UNIFORM, GAUSSIAN, OWN = "SQL, uniform actions", "SAC, its Gaussian actor", "SAC, MEow's policy"
 M = [2**k for k in range(11)]
@@ -32,22 +31,14 @@ M = [2**k for k in range(11)]
 
 @dataclasses.dataclass
 class Args:
-    checkpoint: Path
-    """checkpoint of a run of MEow or of its mixture"""
-    csv: Path
-    """table to write"""
-    png: Path | None = None
-    """picture to write"""
-    states: int = 64
-    """visited states"""
-    repeats: int = 16
-    """estimates with M = 1024 at each visited state; there are 1024 / M times as many with M samples"""
-    initial_repeats: int = 400
-    """the same at the initial state"""
-    actor_steps: int = 1000
-    """gradient steps of SAC's actor on the checkpoint's Q"""
-    seed: int = 0
-    """seed of the samples"""
+    checkpoint: Path  # checkpoint of a run of MEow or of its mixture
+    csv: Path  # table to write
+    png: Path | None = None  # picture to write
+    states: int = 64  # visited states
+    repeats: int = 16  # estimates with M = 1024 at each visited state, 1024 / M times as many with M samples
+    initial_repeats: int = 400  # the same at the initial state
+    actor_steps: int = 1000  # gradient steps of SAC's actor on the checkpoint's Q
+    seed: int = 0  # seed of the samples
 
 
 @torch.no_grad()
@@ -104,48 +95,25 @@ def estimates(name: str, agent: torch.nn.Module, q: torch.Tensor, log_prob: torc
     return (q - agent.alpha * log_prob).view(m, -1).mean(0)
 
 
-@torch.no_grad()
-def quadrature(agent: torch.nn.Module, obs: torch.Tensor) -> torch.Tensor:
-    """alpha log int exp(min_i Q_i / alpha) da, (B,), for D <= 2, by a sum over z with a = tanh z."""
-    z = torch.linspace(-6.0, 6.0, 4001 if agent.action_dim == 1 else 241, dtype=torch.float64)
-    log_weight = sac.log_one_minus_tanh2(z) + (z[1] - z[0]).log()
-    points = torch.cartesian_prod(*[z] * agent.action_dim).reshape(-1, agent.action_dim)
-    log_weights = torch.cartesian_prod(*[log_weight] * agent.action_dim).reshape(len(points), -1).sum(-1)
-    agent = agent.double()
-    values = []
-    for s in obs.double():
-        parts = torch.tanh(points).split(8192)
-        q = torch.cat([agent.q(s.expand(len(part), -1), part).amin(-1) for part in parts])
-        values.append(agent.alpha * torch.logsumexp(q / agent.alpha + log_weights, 0))
-    agent.float()
-    return torch.stack(values)
-
-
 def draw(rows: list[dict], env_id: str, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (axes,) = panels(columns=2, size=(4.5, 3.6))
     for ax, where in zip(axes, ("initial", "visited"), strict=True):
-        for name in (UNIFORM, GAUSSIAN, OWN):
+        for name, color in zip((UNIFORM, GAUSSIAN, OWN), PALETTE, strict=False):
             chosen = [row for row in rows if (row["states"], row["estimator"]) == (where, name)]
             m, bias, spread = (np.array([row[key] for row in chosen]) for key in ("M", "bias", "spread"))
-            ax.plot(m, bias, marker="o", markersize=3, label=name)
-            ax.fill_between(m, bias - spread, bias + spread, alpha=0.2)
+            ax.plot(m, bias, marker="o", markersize=3, color=color, label=name)
+            ax.fill_between(m, bias - spread, bias + spread, color=color, alpha=0.2)
         ax.axhline(0, color="black", linewidth=0.8, linestyle="--", label="MEow, equation (3)")
         ax.set(title=f"{env_id}, {where} state{'s' * (where == 'visited')}", xlabel="M", ylabel="estimate - V")
         ax.set_xscale("log", base=2)
-    axes[0].legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_picture(figure, path)
 
 
 def main(args: Args) -> None:
+    """Raises UserError."""
     agent, trained = multigoal.load_policy(args.checkpoint)
     if not hasattr(agent, "value"):
-        sys.exit(f"error: {args.checkpoint}: {type(agent).__name__} has no exact soft value; expected MEow's")
+        raise UserError(f"{args.checkpoint}: {type(agent).__name__} has no exact soft value; expected MEow's")
     torch.manual_seed(args.seed)
     initial, visited = visited_states(agent, trained.env_id, args.states)
     actor = train_actor(agent, torch.cat([initial, visited]), args.actor_steps)
@@ -153,29 +121,21 @@ def main(args: Args) -> None:
     for where, obs in (("initial", initial), ("visited", visited)):
         with torch.no_grad():
             v = agent.v(obs).amin(-1)  # (B,)
-        if agent.action_dim <= 2:
-            integral = quadrature(agent, obs)
-            gap = (v - integral).abs().max()
-            print(f"{where}: |V - quadrature| at most {gap:.2g}, V from {v.min():.4g} to {v.max():.4g}")
         n = M[-1] * (args.initial_repeats if where == "initial" else args.repeats)
         for name in (UNIFORM, GAUSSIAN, OWN):
             pools = [draw_samples(name, agent, actor, state[None], n) for state in obs]
             for m in M:
                 errors = [estimates(name, agent, *pool, m) - v[i] for i, pool in enumerate(pools)]
                 error = torch.stack(errors, 1)  # (n / m, B)
-                facts = dict(env_id=trained.env_id, states=where, estimator=name, M=m, alpha=agent.alpha)
-                bias, spread = error.mean(0), error.std(0)  # (B,)
-                facts |= dict(bias=bias.mean().item(), spread=spread.mean().item())
-                facts["rmse"] = error.square().mean().sqrt().item()
-                facts["quadrature_bias"] = (bias + v - integral).mean().item() if agent.action_dim <= 2 else None
-                rows.append({k: float(f"{x:.5g}") if isinstance(x, float) else x for k, x in facts.items()})
-            first, last = rows[-len(M)], rows[-1]
-            ends = ", ".join(f"M = {r['M']}: bias {r['bias']:.3g}, spread {r['spread']:.3g}" for r in (first, last))
-            print(f"{where}, {name}: {ends}", flush=True)
+                row = dict(env_id=trained.env_id, states=where, estimator=name, M=m, alpha=agent.alpha)
+                row |= dict(bias=error.mean(0).mean().item(), spread=error.std(0).mean().item())
+                row["rmse"] = error.square().mean().sqrt().item()
+                rows.append({k: float(f"{x:.5g}") if isinstance(x, float) else x for k, x in row.items()})
+            print(f"{where}, {name}: bias and spread {rows[-1]['bias']:.3g}, {rows[-1]['spread']:.3g} at M = {M[-1]}")
     write_csv(args.csv, rows)
     if args.png is not None:
         draw(rows, trained.env_id, args.png)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    sys.exit(exit_code(main, Args, __doc__))
