@@ -1,7 +1,6 @@
 """Commands that measure: each module's first lines say what it does and how to call it. Here is what they share."""
 
 import csv
-import io
 import json
 import multiprocessing
 import os
@@ -53,7 +52,7 @@ def script_of(word: str) -> tuple[Path, list[str]]:
 
 
 def word_of(script: str | Path) -> str:
-    """The word that a script is named by, meow-mixture of meow_mixture_continuous_action.py."""
+    """meow-mixture of meow_mixture_continuous_action.py."""
     return re.sub("_(continuous_action|isaacgym)$", "", Path(script).stem).replace("_", "-")
 
 
@@ -70,37 +69,30 @@ def read_csv(path: Path) -> list[dict]:
     return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
 
 
-def write_csv(path: Path, rows: Iterable[dict], columns: Iterable[str] | None = None) -> None:
-    """Write rows under `columns`, by default the last row's; a column that a row lacks is empty there.
-
-    The file is, at every moment, the old one or the new one, whole. Makes its folder. Raises ValueError for a row with
-    another column.
-    """
-    rows = list(rows)
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """A column that a row lacks is empty there. At every moment the file is the old one or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[-1] if columns is None else columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
     new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text(text.getvalue())
+    with open(new, "w", newline="") as f:
+        writer = csv.DictWriter(f, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
     new.replace(path)
 
 
 def run_missing(function: Callable, jobs: dict[tuple, tuple], path: Path, keys: tuple[str, ...], workers: int) -> int:
     """Append function(*arguments) -> row to the CSV at `path` for the `jobs` that it lacks. Returns 1 if one failed.
 
-    jobs: values of the columns `keys` -> arguments. `workers` processes of one thread each run side by side. A row is
-    written as soon as it is there. A job that fails is said on stderr; the others go on.
+    jobs: values of the columns `keys` -> arguments. `workers` processes of one thread each run side by side.
     """
     rows, failed, start = read_csv(path), [], time.time()
     have = {tuple(row[key] for key in keys) for row in rows}
     todo = {names: arguments for names, arguments in jobs.items() if tuple(map(str, names)) not in have}
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        futures = {pool.submit(function, *arguments): names for names, arguments in todo.items()}
+        futures = {pool.submit(function, *arguments): ", ".join(map(str, n)) for n, arguments in todo.items()}
         for done, future in enumerate(as_completed(futures), 1):
-            name, left = ", ".join(map(str, futures[future])), (time.time() - start) * (len(todo) - done) / done / 60
+            name, left = futures[future], (time.time() - start) * (len(todo) - done) / done / 60
             try:
                 rows.append(future.result())
             except (Exception, SystemExit) as e:  # SystemExit: a mistake that a script found

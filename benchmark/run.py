@@ -5,13 +5,11 @@
     python -m benchmark.run runs/mine --resume
     python -m benchmark.report runs/mine --out runs/mine/report
 
-What it will cost is printed first. grid.json in the folder says what ran: commands, attempts, exit codes, run folders.
-Each cell has a folder with its log and its runs. --resume continues a grid that was interrupted or killed: what is done
-is not run again, a run continues from its last checkpoint, or starts anew where its script cannot resume. Cells that
-the flags add are added. Exit code: 0 all done, 1 a cell failed, 2 a mistake in the flags, 130 or 143 interrupted.
-
-Runs on this machine, or on the cluster at RAY_ADDRESS, whose nodes need the folder, the scripts and this Python at the
-same paths. Cells share a GPU with --gpu-fraction, for which CUDA MPS should run.
+The cost is printed first. grid.json in the folder says what ran: commands, attempts, exit codes. Each cell has a folder
+with its log and its runs. --resume continues a grid that was interrupted or killed: what is done is not run again, a
+run continues from its last checkpoint, or starts anew where its script cannot resume. Cells that the flags add are
+added. Exit code: 0 all done, 1 a cell failed, 2 a mistake in the flags, 130 or 143 interrupted.
+Runs on this machine, or on the cluster at RAY_ADDRESS, whose nodes need folder, scripts and Python at the same paths.
 """
 
 import dataclasses
@@ -22,19 +20,18 @@ import os
 import re
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import time
-from collections import defaultdict
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 import tomllib
 import tyro
 
-from benchmark import NAMES, ROOT, UserError, exit_code, read_csv, scalars, script_of, word_of
+from benchmark import NAMES, ROOT, UserError, exit_code, scalars, script_of, word_of
 
 PRESETS = tomllib.loads((ROOT / "benchmark" / "presets.toml").read_text())
 STEPS = PRESETS.pop("steps")
@@ -80,16 +77,15 @@ def grid(args: Args) -> dict[str, dict]:
             flags = [*own, *shlex.split(f"{block['flags']} {args.flags} {variant and f'--{variant}'}")]
             flags += ["--exp-name", f"{stem}.{label}"] if label else []
             cell = dict(name=name, script=str(path), env_id=env_id, seed=seed, flags=flags)
-            cells = merge(cells, {name: cell | dict(state="waiting", attempts=[], runs=[])})
+            cells = merge(cells, {name: cell | dict(state="waiting", attempts=[])})
     return cells
 
 
 def merge(old: dict[str, dict], new: dict[str, dict]) -> dict[str, dict]:
     """The cells of both. Raises UserError where the two disagree."""
-    for name, cell in new.items():
-        for key in ("script", "flags"):
-            if name in old and cell[key] != old[name][key]:
-                raise UserError(f"{name} is in the grid with another {key}: {old[name][key]}, not {cell[key]}")
+    for name, key in itertools.product(old.keys() & new.keys(), ("script", "flags")):
+        if old[name][key] != new[name][key]:
+            raise UserError(f"{name} is in the grid with another {key}: {old[name][key]}, not {new[name][key]}")
     return old | {name: cell for name, cell in new.items() if name not in old}
 
 
@@ -108,18 +104,11 @@ def name_of(cell: dict) -> str:
 
 def measured() -> dict[tuple[str, str], float]:
     """(implementation, task) -> its steps a second on one CPU thread: medians of committed tables, the fastest."""
-    turns, rates, usual = defaultdict(list), {}, dict(threads="1", num_envs="1", num_seeds="1", processes="1")
-    for path in (ROOT / "benchmark" / "results").glob("speed*.csv"):
-        for row in read_csv(path):
-            if (
-                row["batch_size"] == "256"
-                and "NVIDIA" not in row["machine"]
-                and not usual.items() - (usual | row).items()
-            ):
-                turns[row["implementation"], row["env_id"], row["mode"], path].append(float(row["loop_sps"]))
-    for (name, env_id, *_), values in turns.items():
-        rates[name, env_id] = max(rates.get((name, env_id), 0.0), statistics.median(values))
-    return rates
+    rows = pd.concat(map(pd.read_csv, (ROOT / "benchmark" / "results").glob("speed*.csv")))
+    one = rows.reindex(columns=["threads", "num_envs", "num_seeds", "processes"]).fillna(1) == 1  # not all are in all
+    rows = rows[one.all(axis=1) & (rows["batch_size"] == 256) & ~rows["machine"].str.contains("NVIDIA")]
+    turns = rows.groupby(["implementation", "env_id", "mode", "commit"])["loop_sps"]
+    return turns.median().groupby(["implementation", "env_id"]).max().to_dict()
 
 
 def estimate(cells: list[dict], args: Args) -> str:
@@ -236,7 +225,7 @@ def fraction(folder: Path, cell: dict) -> float:
 
 
 def save(folder: Path, cells: dict[str, dict]) -> None:
-    """Write grid.json, whole or not at all. `runs` are relative to the folder."""
+    """Write grid.json, whole or not at all."""
     (folder / "grid.json.tmp").write_text(json.dumps(dict(cells=list(cells.values())), indent=1))
     (folder / "grid.json.tmp").replace(folder / "grid.json")
 
@@ -264,8 +253,7 @@ def run_grid(folder: Path, cells: dict[str, dict], args: Args) -> int:
             last |= dict(command="", exit=None, error=str(e).strip().splitlines()[-1])
         cell["attempts"].append(last)
         cell["state"] = "done" if last["exit"] == 0 else "failed"
-        cell["runs"] = [str(run.relative_to(folder)) for run in run_folders(folder / cell["name"])]
-        again = last["exit"] != 0 and cell["runs"] and tries[cell["name"]] <= args.retries
+        again = last["exit"] != 0 and run_folders(folder / cell["name"]) and tries[cell["name"]] <= args.retries
         progress.print(f"{'retry' if again else cell['state']}: {cell['name']}", soft_wrap=True)
         if again:
             submit(cell)
@@ -293,7 +281,6 @@ def run_grid(folder: Path, cells: dict[str, dict], args: Args) -> int:
             ray.wait(list(running), num_returns=len(running), timeout=600) if running else None
             for cell in running.values():
                 cell["state"] = "interrupted"
-                cell["runs"] = [str(run.relative_to(folder)) for run in run_folders(folder / cell["name"])]
             return 128 + (e.args[0] if e.args else signal.SIGINT)
         finally:
             save(folder, cells)

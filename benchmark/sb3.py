@@ -1,7 +1,7 @@
 """PPO, TD3, DDPG and SAC of Stable-Baselines3, evaluated and logged as this project's scripts are.
 
     python -m benchmark.run runs/x --scripts meow sac sb3:ppo sb3:td3 sb3:ddpg --env-ids Hopper-v4 --seeds 1 2 3
-    python -m benchmark.sb3 --algo ppo --env-id Hopper-v4
+    python -m benchmark.sb3 --algo ppo --env-id Hopper-v4    # one run
 
 The hyperparameters are the library's defaults (2.9.2), the same for every task, and not those that RL Baselines3 Zoo
 tuned for some. gamma is 0.99 in all.

@@ -7,8 +7,6 @@ A trial's score is the mean of its last five evaluations. It is reported at ever
 median of the complete ones at that step is stopped. The study is study.log in the folder, with a folder for each trial;
 the same command continues it, and after Ctrl-C runs the interrupted trials again. Prints the best flags as a command
 line. The best score of many is too high an estimate of what its flags reach: train them again with other seeds.
-
-Exit code: 0, 1 if no trial is complete, 2 a mistake in the flags, 130 interrupted.
 """
 
 import dataclasses
@@ -30,6 +28,13 @@ from benchmark import UserError, exit_code, scalars, script_of
 from benchmark.run import run_folders, tail
 
 LAST = 5  # evaluations behind a score
+KINDS = {
+    "log": lambda trial, name, low, high: f"{trial.suggest_float(name, float(low), float(high), log=True):.4g}",
+    "uniform": lambda trial, name, low, high: f"{trial.suggest_float(name, float(low), float(high)):.4g}",
+    "int": lambda trial, name, low, high: trial.suggest_int(name, int(low), int(high)),
+    "choice": lambda trial, name, values: trial.suggest_categorical(name, values.split(",")),
+    "bool": lambda trial, name: trial.suggest_categorical(name, [True, False]),
+}
 
 
 @dataclasses.dataclass
@@ -51,34 +56,22 @@ def suggest(trial: optuna.Trial, space: tuple[str, ...]) -> list[str]:
     for entry in space:
         name, _, rest = entry.partition("=")
         kind, *bounds = rest.split(":")
-        flag = name.replace("_", "-")
         try:
-            if kind in ("log", "uniform"):
-                flags.append(f"--{flag}={trial.suggest_float(name, *map(float, bounds), log=kind == 'log'):.4g}")
-            elif kind == "int":
-                flags.append(f"--{flag}={trial.suggest_int(name, *map(int, bounds))}")
-            elif kind == "choice":
-                flags.append(f"--{flag}={trial.suggest_categorical(name, bounds[0].split(','))}")
-            else:
-                flags.append(
-                    f"--{'' if trial.suggest_categorical(name, {'bool': [True, False]}[kind]) else 'no-'}{flag}"
-                )
+            value = KINDS[kind](trial, name, *bounds)
         except (ValueError, TypeError, LookupError) as e:
-            raise UserError(f"--space {entry}: expected log, uniform, int, choice or bool with its bounds; {e}") from e
+            raise UserError(f"--space {entry}: expected {', '.join(KINDS)} with its bounds; {e}") from e
+        flag = name.replace("_", "-")
+        flags.append({True: f"--{flag}", False: f"--no-{flag}"}[value] if kind == "bool" else f"--{flag}={value}")
     return flags
 
 
 def open_study(args: Args) -> optuna.Study:
     """The study in the folder. Raises UserError if it is another."""
     backend = optuna.storages.journal.JournalFileBackend(str(args.folder / "study.log"))
-    study = optuna.create_study(
-        storage=optuna.storages.JournalStorage(backend),
-        study_name="study",
-        load_if_exists=True,
-        direction="maximize",
-        sampler=optuna.samplers.TPESampler(seed=args.seed, n_startup_trials=args.startup_trials),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=args.startup_trials),
-    )
+    options = dict(sampler=optuna.samplers.TPESampler(seed=args.seed, n_startup_trials=args.startup_trials))
+    options |= dict(pruner=optuna.pruners.MedianPruner(n_startup_trials=args.startup_trials), direction="maximize")
+    storage = optuna.storages.JournalStorage(backend)
+    study = optuna.create_study(storage=storage, study_name="study", load_if_exists=True, **options)
     asked = [args.script, args.env_id, args.flags, str(args.seed), *args.space]
     if (had := study.user_attrs.get("asked", asked)) != asked:
         raise UserError(f"{args.folder} has another study, of {' '.join(had)}")
@@ -94,9 +87,8 @@ def run_trial(trial: optuna.Trial, args: Args, interrupted: threading.Event) -> 
     trial.set_user_attr("flags", shlex.join(flags))
     command = [sys.executable, path, "--env-id", args.env_id, "--seed", str(args.seed), *own, *shlex.split(args.flags)]
     with open(here / "log.txt", "w") as log:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        files = dict(stdout=log, stderr=log, start_new_session=True)  # Ctrl-C reaches the script through this command
-        process = subprocess.Popen([*command, *flags], cwd=here, env=environment, **files)
+        options = dict(stdout=log, stderr=log, start_new_session=True)  # Ctrl-C reaches it through this process alone
+        process = subprocess.Popen([*command, *flags], cwd=here, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
     curve, ended = {}, False
     try:
         while not ended:
@@ -137,13 +129,12 @@ def main(args: Args) -> int:
         return 130
     complete = study.get_trials(states=(TrialState.COMPLETE,))
     print(f"{len(complete)} trials are complete, of {len(study.trials)}; all are in {args.folder}/trials.csv")
-    if not complete:
-        return 1
-    best = study.best_trial
-    print(f"best: trial {best.number}, {best.value:.2f}. To be trained again with other seeds:")
-    command = ["python", str(path), *own, "--env-id", args.env_id, *shlex.split(args.flags)]
-    print(shlex.join(command + shlex.split(best.user_attrs["flags"])))
-    return 0
+    if complete:
+        best = study.best_trial
+        print(f"best: trial {best.number}, {best.value:.2f}. To be trained again with other seeds:")
+        command = ["python", str(path), *own, "--env-id", args.env_id, *shlex.split(args.flags)]
+        print(shlex.join(command + shlex.split(best.user_attrs["flags"])))
+    return int(not complete)
 
 
 if __name__ == "__main__":

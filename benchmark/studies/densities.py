@@ -4,9 +4,9 @@
     python -m benchmark.studies.goal_map_optimum runs/densities --csv runs/densities/optimum.csv
     python benchmark/studies/densities.py --density splines-2 --env-id multigoal:MultiGoal-v0    # one run
 
-Q_i = V_i + alpha log pi makes V_i the exact soft value of any normalised pi. Here are the flow with eight couplings,
-the flow and the mixture with other initial weights, and rational-quadratic splines on the box (package zuko). All other
-flags are those of meow_continuous_action.py or, for zero-start and splines, of meow_mixture_continuous_action.py.
+Q_i = V_i + alpha log pi makes V_i the exact soft value of any normalised pi. Here are the flow with eight couplings and
+rational-quadratic splines on the box (package zuko). All other flags are those of meow_continuous_action.py or, for
+splines, of meow_mixture_continuous_action.py.
 """
 
 import argparse
@@ -48,22 +48,6 @@ def deep_flow(obs_dim: int, action_dim: int, args: meow.Args) -> nn.Module:
     return agent
 
 
-def free_start(obs_dim: int, action_dim: int, args: meow.Args) -> nn.Module:
-    """The paper's flow, its nets of the state with hidden weights as nn.Linear draws them, like the mixture's."""
-    agent = meow.MEow(obs_dim, action_dim, args)
-    for net in (agent.value.sigma_net, *agent.value.shift_nets):
-        [linear.reset_parameters() for linear in net.linears[:2]]
-    return agent
-
-
-def zero_start(obs_dim: int, action_dim: int, args: mixture.Args) -> nn.Module:
-    """The mixture with hidden weights that start at zero, as those of the flow's nets of the state do."""
-    agent = mixture.MixtureMEow(obs_dim, action_dim, args)
-    for net in (agent.mixture, *agent.value.shift_nets):
-        [nn.init.zeros_(linear.weight) for linear in net.linears[:2]]
-    return agent
-
-
 class SplineMEow(mixture.MixtureMEow):
     """Splines of the box onto itself (Durkan et al. 2019), 8 bins, from the uniform distribution.
 
@@ -102,8 +86,6 @@ class SplineMEow(mixture.MixtureMEow):
 
 DENSITIES = {  # name -> (script, what makes the agent)
     "deep-flow": (meow, deep_flow),
-    "free-start": (meow, free_start),
-    "zero-start": (mixture, zero_start),
     "splines-2": (mixture, functools.partial(SplineMEow, transforms=2)),
     "splines-4": (mixture, SplineMEow),
     "splines-2-wide": (mixture, functools.partial(SplineMEow, transforms=2, hidden=256)),

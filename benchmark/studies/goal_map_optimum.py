@@ -1,7 +1,6 @@
 """Trained agents on the goal maps against the optimum of the objective that all algorithms share.
 
-    python -m benchmark.run runs/maps --preset goal               # at the maps' own temperatures
-    python -m benchmark.run runs/maps --preset temperatures       # or shortened runs at four temperatures
+    python -m benchmark.run runs/maps --preset goal    # or temperatures, or densities
     python -m benchmark.studies.goal_map_optimum runs/maps --csv runs/maps/optimum.csv --png runs/maps/optimum.png
 
 Measures the last checkpoint of each run by multigoal.measure: 400 rollouts of sampled actions, V against soft value
@@ -14,6 +13,7 @@ page is drawn from is kept in a folder beside the CSV, of its name. Runs that ar
 """
 
 import dataclasses
+import functools
 import json
 import re
 import shlex
@@ -72,7 +72,6 @@ def measure(run: Path, csv: Path, episodes: int) -> dict:
     row |= dict(rmse=round(measured.rmse, 1), kl=round(float(measured.kl.mean()), 3))
     row |= hit_counts(trained.env_id, multigoal.policy_of(agent), episodes)
     row |= dict(mass=f"{mass(agent, states):.6f}" if hasattr(agent, "log_prob") else "")
-    row |= dict(parameters=sum(p.numel() for p in agent.parameters()))
     seconds = (run / "checkpoint.pt").stat().st_mtime - (run / "args.json").stat().st_mtime
     return row | dict(seconds=round(seconds)) | {name: facts[name] for name in ("commit", "machine", "command")}
 
@@ -100,11 +99,8 @@ def hit_counts(env_id: str, policy: Callable[[np.ndarray], np.ndarray], episodes
 
 def optimum(env_id: str, alpha: float, gamma: float, episodes: int) -> tuple[dict, multigoal.Rollouts]:
     """The row of the optimal policy, and its rollouts."""
-    env, best, rng = gym.make(env_id), multigoal.optimum_of(env_id, alpha, gamma), np.random.default_rng(0)
-
-    def policy(obs: np.ndarray) -> np.ndarray:
-        return best.policy(obs, rng)
-
+    env, best = gym.make(env_id), multigoal.optimum_of(env_id, alpha, gamma)
+    policy = functools.partial(best.policy, rng=np.random.default_rng(0))
     rollouts = multigoal.rollout(env, policy, episodes)
     row = dict(algorithm="optimum", v_origin=best.v(np.zeros((1, 2)))[0], rmse=0, kl=0)
     return row | counts(env, rollouts) | hit_counts(env_id, policy, episodes), rollouts
@@ -142,9 +138,14 @@ def table(rows: list[dict]) -> str:
             line |= {"seeds": "" if algorithm == "optimum" else len(runs)}
             line |= {"reach a goal, %": f"{goals.sum(1).mean():.0f}", "least, %": f"{goals.min():.0f}"}
             line |= {"each goal, %": " / ".join(f"{x:.0f}" for x in goals.mean(0))}
-            for head, key, digits in (("return", "return", 1), ("length", "length", 1), ("V(0,0)", "v_origin", 1)):
-                line[head] = spread(runs, key, digits)
-            line |= {"RMSE of V": spread(runs, "rmse", 1), "KL, nats": spread(runs, "kl", 2)}
+            for head, key in (
+                ("return", "return"),
+                ("length", "length"),
+                ("V(0,0)", "v_origin"),
+                ("RMSE of V", "rmse"),
+            ):
+                line[head] = spread(runs, key, 1)
+            line["KL, nats"] = spread(runs, "kl", 2)
             line["hit the wall, %"] = f"{100 * hits.mean() / episodes:.0f}"
             line["then reach a goal, %"] = f"{100 * after.sum() / hits.sum():.0f}" if hits.any() else ""
             lines.append(line | {"mass in the box": spread(runs, "mass", 4), "time, s": spread(runs, "seconds", 0)})
