@@ -65,13 +65,15 @@ def suggest(trial: optuna.Trial, space: tuple[str, ...]) -> list[str]:
     return flags
 
 
+def storage_of(folder: Path) -> optuna.storages.JournalStorage:
+    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / "study.log")))
+
+
 def open_study(args: Args) -> optuna.Study:
     """The study in the folder. Raises UserError if it is another."""
-    backend = optuna.storages.journal.JournalFileBackend(str(args.folder / "study.log"))
     options = dict(sampler=optuna.samplers.TPESampler(seed=args.seed, n_startup_trials=args.startup_trials))
     options |= dict(pruner=optuna.pruners.MedianPruner(n_startup_trials=args.startup_trials), direction="maximize")
-    storage = optuna.storages.JournalStorage(backend)
-    study = optuna.create_study(storage=storage, study_name="study", load_if_exists=True, **options)
+    study = optuna.create_study(storage=storage_of(args.folder), study_name="study", load_if_exists=True, **options)
     asked = [args.script, args.env_id, args.flags, str(args.seed), *args.space]
     if (had := study.user_attrs.get("asked", asked)) != asked:
         raise UserError(f"{args.folder} has another study, of {' '.join(had)}")
