@@ -5,11 +5,11 @@
     python -m benchmark.run runs/mine --resume
     python -m benchmark.report runs/mine --out runs/mine/report
 
-The cost is printed first. grid.json in the folder says what ran: commands, attempts, exit codes. Each cell has a folder
-with its log and its runs. --resume continues a grid that was interrupted or killed: what is done is not run again, a
-run continues from its last checkpoint, or starts anew where its script cannot resume. Cells that the flags add are
-added. Exit code: 0 all done, 1 a cell failed, 2 a mistake in the flags, 130 or 143 interrupted.
-Runs on this machine, or on the cluster at RAY_ADDRESS, whose nodes need folder, scripts and Python at the same paths.
+The cost is printed first. grid.json in the folder has the cells and their states, a folder for each cell its log and
+its runs. --resume continues a grid that was interrupted or killed: what is done is not run again, a run continues from
+its last checkpoint, or starts anew where its script cannot resume; cells that the flags add are added. Exit code: 0 all
+done, 1 a cell failed, 2 a mistake in the flags, 130 or 143 interrupted. Runs on this machine, or on the cluster at
+RAY_ADDRESS, whose nodes need folder, scripts and Python at the same paths.
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ def grid(args: Args) -> dict[str, dict]:
             flags = [*own, *shlex.split(f"{block['flags']} {args.flags} {variant and f'--{variant}'}")]
             flags += ["--exp-name", f"{stem}.{label}"] if label else []
             cell = dict(name=name, script=str(path), env_id=env_id, seed=seed, flags=flags)
-            cells = merge(cells, {name: cell | dict(state="waiting", attempts=[])})
+            cells = merge(cells, {name: cell | dict(state="waiting")})
     return cells
 
 
@@ -159,26 +159,21 @@ def next_command(here: Path, cell: dict) -> list[str] | None:
     return [*script, "--env-id", cell["env_id"], "--seed", str(cell["seed"]), *cell["flags"]]
 
 
-def run_cell(folder: Path, cell: dict, cpus: float, gpu_fraction: float) -> dict:
+def run_cell(folder: Path, cell: dict, cpus: float, gpu_fraction: float) -> None:
     """One attempt at a cell, in a Ray task: start its script or resume it, its output appended to the cell's log.txt.
 
-    Returns the command and its exit code (0 if nothing was left to do). When the task is cancelled, the script gets
-    SIGTERM and is waited for.
+    When the task is cancelled, the script gets SIGTERM and is waited for. Raises CalledProcessError if it fails.
     """
-    here = folder / cell["name"]
+    here, hidden = folder / cell["name"], {} if gpu_fraction else {"CUDA_VISIBLE_DEVICES": ""}
     here.mkdir(parents=True, exist_ok=True)
-    env = (
-        os.environ
-        | {"OMP_NUM_THREADS": str(max(1, int(cpus)))}
-        | ({} if gpu_fraction else {"CUDA_VISIBLE_DEVICES": ""})
-    )
     with open(here / "lock", "a") as lock, open(here / "log.txt", "a") as log:
         # the script holds the lock, too: if it outlives a grid that was killed, the next one waits for it here
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (command := next_command(here, cell)) is None:
-            return dict(command="", exit=0)
+            return
         print(f"\n# {time.strftime('%F %T')} {shlex.join(command)}", file=log, flush=True)
         files = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[lock.fileno()])
+        env = os.environ | {"OMP_NUM_THREADS": str(max(1, int(cpus)))} | hidden
         process = subprocess.Popen(command, cwd=here, env=env, **files)
         try:
             while (code := process.poll()) is None:
@@ -187,7 +182,8 @@ def run_cell(folder: Path, cell: dict, cpus: float, gpu_fraction: float) -> dict
             if process.poll() is None:
                 process.terminate()
                 process.wait()
-    return dict(command=shlex.join(command), exit=code)
+    if code:
+        raise subprocess.CalledProcessError(code, command)
 
 
 def start_ray():
@@ -237,26 +233,12 @@ def run_grid(folder: Path, cells: dict[str, dict], args: Args) -> int:
     ray = start_ray()
     if args.gpu_fraction and not ray.cluster_resources().get("GPU"):
         raise UserError("--gpu-fraction: Ray finds no GPU")
-    task = ray.remote(run_cell).options(num_cpus=args.cpus, num_gpus=args.gpu_fraction, max_retries=0)
-    running, tries = {}, dict.fromkeys(cells, 0)
-
-    def submit(cell: dict) -> None:
-        running[task.remote(folder, cell, args.cpus, args.gpu_fraction)] = cell
+    again = dict(max_retries=args.retries, retry_exceptions=[subprocess.CalledProcessError])
+    task = ray.remote(run_cell).options(num_cpus=args.cpus, num_gpus=args.gpu_fraction, **again)
+    left = [cell for cell in cells.values() if cell["state"] != "done"]
+    running = {task.remote(folder, cell, args.cpus, args.gpu_fraction): cell for cell in left}
+    for cell in left:
         cell["state"] = "waiting or running"
-        tries[cell["name"]] += 1
-
-    def collect(done) -> None:
-        cell, last = running.pop(done), dict(ended=time.strftime("%F %T"))
-        try:
-            last |= ray.get(done)
-        except ray.exceptions.RayError as e:  # the worker died, or could not write
-            last |= dict(command="", exit=None, error=str(e).strip().splitlines()[-1])
-        cell["attempts"].append(last)
-        cell["state"] = "done" if last["exit"] == 0 else "failed"
-        again = last["exit"] != 0 and run_folders(folder / cell["name"]) and tries[cell["name"]] <= args.retries
-        progress.print(f"{'retry' if again else cell['state']}: {cell['name']}", soft_wrap=True)
-        if again:
-            submit(cell)
 
     def summary() -> str:
         states = [cell["state"] for cell in cells.values()]
@@ -265,32 +247,33 @@ def run_grid(folder: Path, cells: dict[str, dict], args: Args) -> int:
     with Progress(speed_estimate_period=900) as progress:
         bar = progress.add_task(summary(), total=sum(map(steps, cells.values())))
         try:
-            for cell in cells.values():
-                if cell["state"] != "done":
-                    submit(cell)
             while running:
                 save(folder, cells)
                 for done in ray.wait(list(running), timeout=1.0)[0]:
-                    collect(done)
+                    cell = running.pop(done)
+                    try:
+                        cell["state"] = ray.get(done) or "done"
+                    except ray.exceptions.RayError as e:  # the script failed, the worker died, or could not write
+                        cell |= dict(state="failed", error=str(e).strip().splitlines()[-1])
+                    progress.print(f"{cell['state']}: {cell['name']}", soft_wrap=True)
                 covered = sum(steps(cell) * fraction(folder, cell) for cell in cells.values())
                 progress.update(bar, completed=covered, description=summary())
         except KeyboardInterrupt as e:
             progress.print(f"interrupted; waiting for the scripts to save. Continue with --resume {args.folder}")
-            for each in running:
+            for each, cell in running.items():
+                cell["state"] = "interrupted"
                 ray.cancel(each)
             ray.wait(list(running), num_returns=len(running), timeout=600) if running else None
-            for cell in running.values():
-                cell["state"] = "interrupted"
             return 128 + (e.args[0] if e.args else signal.SIGINT)
         finally:
             save(folder, cells)
             ray.shutdown()
     for cell in (cell for cell in cells.values() if cell["state"] == "failed"):
-        last, log = cell["attempts"][-1], folder / cell["name"] / "log.txt"
-        print(f"\nfailed: {cell['name']}, exit code {last['exit']}, end of {log}:")
-        print("\n".join(f"    {line}" for line in tail(log).splitlines()[-15:]) if log.exists() else last["error"])
+        log = folder / cell["name"] / "log.txt"
+        print(f"\nfailed: {cell['name']}: {cell['error']}; end of {log}:")
+        print("\n".join(f"    {line}" for line in tail(log).splitlines()[-15:]) if log.exists() else "")
     print(f"\n{summary()}. The page: python -m benchmark.report {args.folder} --out {args.folder}/report")
-    return 1 if any(cell["state"] == "failed" for cell in cells.values()) else 0
+    return int(any(cell["state"] == "failed" for cell in cells.values()))
 
 
 def main(args: Args) -> int:
