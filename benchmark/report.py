@@ -4,13 +4,12 @@
     python -m benchmark.report benchmark/results/hopper_meow.csv runs/Hopper-v4__* --out report
     python -m benchmark.report runs/paper --export benchmark/results/NAME.csv      # the evaluations as one CSV
 
-Reads folders of benchmark.run, run folders, folders of run folders, and exported CSVs. The algorithm of a run is the
-word of the script in its command, its task is --env-id, and the other flags make a variant of the algorithm (but not
---seed, --total-timesteps and the like: PLAIN). Flags that all runs share are said once. A run is set beside the paper's
-curve of the same flags: figure 3's of none, figure 6's of its two ablations. Writes index.html, which holds everything
-and opens from disk, and its pictures as PNG; prints the tables as Markdown.
-CSV: step, return (mean of the evaluation episodes), SPS, seed, commit, machine, command, one row an evaluation.
-Intervals are rliable's: 95%, percentiles of a bootstrap over seeds, stratified by task. One seed has none.
+Reads folders of benchmark.run, run folders, folders of run folders, and exported CSVs: step, return (mean of the
+evaluation episodes), SPS, seed, commit, machine, command, one row an evaluation. The algorithm of a run is the word of
+the script in its command, its task is --env-id, and the other flags, but PLAIN, make a variant of the algorithm; those
+that all runs share are said once. A run is set beside the paper's curve of the same flags: figure 3's of none, figure
+6's of its two ablations. Writes index.html, which holds everything and opens from disk, and its pictures as PNG; prints
+the tables as Markdown. Intervals are rliable's, of a bootstrap over seeds, stratified by task; one seed has none.
 """
 
 import base64
@@ -39,8 +38,6 @@ ABLATION = "MEow paper figure 6 ablation (digitised)"
 ABLATIONS = {"no-reward-shift": "MEow vanilla", "no-clipped-double-q": "MEow LRS only"}
 TEN_SEEDS = "SimbaV2 repository, results/baseline"
 LAST = 5  # evaluations behind a final score
-# How often the interval holds the mean of normal returns in %, by the number of seeds (a test simulates it)
-COVERAGE = {2: 50, 3: 75, 5: 84, 10: 89}
 
 
 @dataclasses.dataclass
@@ -190,9 +187,8 @@ class Page:
         data = base64.b64encode(path.read_bytes()).decode()
         self.parts.append(f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">')
 
-    def write(self, title: str) -> None:
-        page = (Path(__file__).parent / "report.html").read_text()
-        page = page.replace("{{title}}", html.escape(title)).replace("{{body}}", "\n".join(self.parts))
+    def write(self) -> None:
+        page = (Path(__file__).parent / "report.html").read_text().replace("{{body}}", "\n".join(self.parts))
         (self.out / "index.html").write_text(page)
 
 
@@ -232,11 +228,6 @@ def final_table(page: Page, rows: pd.DataFrame, curves: pd.Series, reps: int) ->
                 line |= {"paper there": number(there), "paper's end": f"{number(paper.iloc[-1])} ({paper.index[-1]})"}
             lines.append(line | {"paper's end": line.get("paper's end", "")})
     page.text("Final scores", "h3")
-    page.text(
-        f"Mean of the last {LAST} evaluations up to the step that all runs of the task have reached; over seeds, its "
-        "mean with the interval and its median. The paper's return there is that of its curve at this step, between "
-        "two points a line; its end is the curve's last point, with its step."
-    )
     page.table(lines)
 
 
@@ -253,13 +244,8 @@ def aggregates(page: Page, name: str, rows: pd.DataFrame, curves: pd.Series, rep
     if seeds.empty:
         return page.text("None: they are over tasks of the paper's figure 3 that all methods have which have any.")
     n, last = int(seeds.min().min()), {env_id: last_step(rows[rows["env_id"] == env_id]) for env_id in seeds}
-    ends = ", ".join(f"{env_id} {scale[env_id]:.0f}, scored at step {last[env_id]}" for env_id in seeds)
-    page.text(
-        "A score is the final score of the table above divided by the return that the paper's MEow ends with (the last "
-        f"point of its curve in figure 3): {ends}. So 1 is the paper's final MEow. Of each method and task the first "
-        f"{n} seeds count, the fewest that one has. IQM: mean of the middle half of the scores. Optimality gap: mean "
-        "shortfall from 1."
-    )
+    ends = "; ".join(f"{env_id} {scale[env_id]:.0f} at {last[env_id]}" for env_id in seeds)
+    page.text(f"Of each method and task the first {n} seeds; tasks, their paper's return and the step: {ends}.")
     lines, color = [], colors(seeds.index)
     figure, ((ax,),) = panels(size=(10, 0.8 + 0.3 * len(seeds)))
     for method, own in rows.groupby("method", sort=False):
@@ -293,15 +279,8 @@ def main(args: Args) -> None:
         print(f"{len(runs)} runs: {args.export}")
     if args.out is None:
         return
-    curves, page, title = references(), Page(args.out), "MEow: runs beside the paper"
-    page.text(title, "h1")
-    covers = ", ".join(f"{share}% with {n} seeds" for n, share in COVERAGE.items())
+    curves, page = references(), Page(args.out)
     page.text(f"{len(runs)} runs of {', '.join(runs['method'].unique())} on {', '.join(runs['env_id'].unique())}.")
-    page.text(
-        f"Intervals are 95% percentile intervals of a bootstrap over seeds, stratified by task ({args.reps} samples, "
-        f"rliable). With few seeds they are too narrow: of normal returns they hold the mean in {covers}. One seed has "
-        "no interval. The paper's curves are digitised from its smoothed figures."
-    )
     if shared:
         page.text(f"All runs have the flags {'; '.join(shared)}, which are not in their names below.")
     for line in left_out:
@@ -322,7 +301,7 @@ def main(args: Args) -> None:
     shown = ["method", "env_id", "seed", "step", "return", "SPS", "hours", *COLUMNS[4:], "source"]
     page.table(runs.assign(hours=hours)[shown].astype(str).to_dict("records"))
     page.text(f"Made by: python -m benchmark.report {shlex.join(map(str, args.paths))}", "footer")
-    page.write(title)
+    page.write()
     print(f"{len(runs)} runs: {args.out / 'index.html'}")
 
 

@@ -3,8 +3,7 @@
     python -m benchmark.run runs/x --scripts meow sac sb3:ppo sb3:td3 sb3:ddpg --env-ids Hopper-v4 --seeds 1 2 3
     python -m benchmark.sb3 --algo ppo --env-id Hopper-v4    # one run
 
-The hyperparameters are the library's defaults (2.9.2), the same for every task, and not those that RL Baselines3 Zoo
-tuned for some. gamma is 0.99 in all.
+The hyperparameters are the library's defaults (2.9.2), not those that RL Baselines3 Zoo tuned; gamma is 0.99.
 
     PPO   Adam 3e-4, 2,048 steps, then 10 epochs of batches of 64, clip 0.2, GAE 0.95, no entropy bonus, nets 2 x 64
     SAC   Adam 3e-4, batch 256, tau 0.005, an update a step after 100 random ones, automatic temperature, nets 2 x 256

@@ -14,7 +14,7 @@ Written: one row a turn. Leave the machine alone while it runs.
 
 import dataclasses
 import importlib
-import importlib.util
+import importlib.metadata
 import itertools
 import multiprocessing
 import os
@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
@@ -217,12 +216,12 @@ def table(rows: list[dict]) -> str:
 
 
 def main(args: Args) -> None:
-    packages = ("torch", "gymnasium", "mujoco", "numpy", "stable-baselines3", "sbx-rl", "jax")
-    have = [name for name in packages if importlib.util.find_spec(name.replace("-", "_").replace("sbx_rl", "sbx"))]
+    have = {found.metadata["Name"].lower(): found.version for found in importlib.metadata.distributions()}
+    packages = ("torch", "gymnasium", "mujoco", "numpy", "stable_baselines3", "sbx-rl", "jax")
     processor = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), "")
     device = torch.cuda.get_device_name() if args.device == "cuda" else "no GPU"
     machine = f"{platform.machine()}, {processor}, {os.cpu_count()} cores, {device}; "
-    machine += ", ".join(f"{name} {version(name)}" for name in have)
+    machine += ", ".join(f"{name} {have[name]}" for name in packages if name in have)
     facts = dict(commit=commit(), machine=machine, command="python -m benchmark.speed " + shlex.join(sys.argv[1:]))
     print(f"{machine}\nload before the start: {os.getloadavg()[0]:.2f}")
     rows = []

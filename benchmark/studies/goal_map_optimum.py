@@ -3,13 +3,12 @@
     python -m benchmark.run runs/maps --preset goal    # or temperatures, or densities
     python -m benchmark.studies.goal_map_optimum runs/maps --csv runs/maps/optimum.csv --png runs/maps/optimum.png
 
-Measures the last checkpoint of each run by multigoal.measure: 400 rollouts of sampled actions, V against soft value
-iteration (SAC's V from 256 actions of its policy, SQL's from 1024 uniform ones, S2AC's from 40 of its particles),
-KL(pi || pi*) at the map's states by a histogram; then 400 rollouts of at most 30 steps with the wall up, counting those
+Measures the last checkpoint of each run by multigoal.measure: rollouts of sampled actions, V against soft value
+iteration, KL(pi || pi*) at the map's states by a histogram; then rollouts of 30 steps with the wall up, counting those
 that run into it and reach a goal all the same. Of densities in closed form also the least integral of pi over the box
 at those states: what is missing from 1 lies in spikes narrower than a cell or, of a flow through tanh, at |a| = 1.
-Prints a table and draws a page: V and 20 trajectories of each algorithm's first seed beside the optimum's. What the
-page is drawn from is kept in a folder beside the CSV, of its name. Runs that are in the CSV are not measured again.
+Prints a table and draws a page: V and 20 trajectories of each algorithm's first seed beside the optimum's, kept in a
+folder beside the CSV, of its name. Runs that are in the CSV are not measured again.
 """
 
 import dataclasses
@@ -30,6 +29,8 @@ from benchmark import UserError, exit_code, markdown, panels, read_csv, run_miss
 from benchmark.report import describe, folders_of
 from benchmark.studies import densities
 
+KEYS = ("algorithm", "env_id", "alpha", "seed")
+
 
 @dataclasses.dataclass
 class Args:
@@ -43,10 +44,9 @@ class Args:
 def key_of(run: Path) -> tuple[str, str, float, int]:
     """(algorithm, map, alpha, seed) of a run; the algorithm is the script's word and the flags that change it."""
     facts = json.loads((run / "args.json").read_text())
-    word = word_of(next(x for x in shlex.split(facts["command"]) if x.endswith(".py")))
-    flags = {flag for flag in describe(facts["command"])[2] if flag.split()[0] not in ("alpha", "batch-size")}
-    args = facts["args"]
-    name = f"s2ac-{args['variant']}" if word == "s2ac" else " ".join([word, *sorted(flags)])
+    args, word = facts["args"], word_of(next(x for x in shlex.split(facts["command"]) if x.endswith(".py")))
+    flags = sorted(flag for flag in describe(facts["command"])[2] if flag.split()[0] not in ("alpha", "batch-size"))
+    name = f"s2ac-{args['variant']}" if word == "s2ac" else " ".join([word, *flags])
     return name, args["env_id"], float(args["alpha"]), int(args["seed"])
 
 
@@ -63,10 +63,10 @@ def measure(run: Path, csv: Path, episodes: int) -> dict:
     agent, trained = multigoal.load_policy(run / "checkpoint.pt")
     env, states = gym.make(trained.env_id), torch.tensor(multigoal.STATES[trained.env_id], dtype=torch.float32)
     measured = multigoal.measure(agent, trained, env, episodes)
-    arrays = [np.clip(x, -6e4, 6e4).astype(np.float16) for x in (measured.v[::2, ::2], *measured.rollouts.paths[:20])]
+    v, *paths = (np.float16(x.clip(-6e4, 6e4)) for x in (measured.v[::2, ::2], *measured.rollouts.paths[:20]))
     saved(csv, *key).parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(saved(csv, *key), *arrays[1:], v=arrays[0])
-    row = dict(zip(("algorithm", "env_id", "alpha", "seed"), key, strict=True)) | dict(gamma=trained.gamma)
+    np.savez_compressed(saved(csv, *key), *paths, v=v)
+    row = dict(zip(KEYS, key, strict=True)) | dict(gamma=trained.gamma)
     row |= dict(steps=trained.total_timesteps, episodes=episodes) | counts(env, measured.rollouts)
     row |= dict(v_origin=round(measured.v_origin, 1), optimum_origin=round(float(measured.optimum_origin), 1))
     row |= dict(rmse=round(measured.rmse, 1), kl=round(float(measured.kl.mean()), 3))
@@ -189,7 +189,7 @@ def main(args: Args) -> int:
     """Exit code: 0, or 1 if a run could not be measured. Raises UserError."""
     runs = [run for path in args.paths for run in folders_of(path) if (run / "checkpoint.pt").exists()]
     jobs = {key: (run, args.csv, args.episodes) for run in runs if (key := key_of(run))[1] in multigoal.MAPS}
-    code = run_missing(measure, jobs, args.csv, ("algorithm", "env_id", "alpha", "seed"), args.jobs)
+    code = run_missing(measure, jobs, args.csv, KEYS, args.jobs)
     if not (rows := read_csv(args.csv)):
         raise UserError(f"no run on a goal map in {', '.join(map(str, args.paths))}, and no {args.csv}")
     print(table(rows))

@@ -2,15 +2,14 @@
 
     python -m benchmark.studies.value_estimators --checkpoint runs/RUN/checkpoint.pt --csv NAME.csv --png NAME.png
 
-Q, pi and V = alpha log int exp(Q / alpha) da are those of the checkpoint, of MEow's script or of its mixture's (the
-smaller of Q_1 and Q_2). Q is then given to the estimators of the other scripts, for M = 1 ... 1024 samples:
+Q (the smaller of Q_1 and Q_2), pi and V are those of the checkpoint. Q is then given to the estimators of the other
+scripts, for M = 1 ... 1024 samples, at an initial state and over states that the policy visits:
 
     SQL, uniform actions         sql_continuous_action.importance_sampled_value
     SAC, its Gaussian actor      mean of Q - alpha log pi; the actor of sac_continuous_action is trained on this Q first
     SAC, MEow's policy           the same with actions of pi: exact, which checks the method
 
-at an initial state and over states that the policy visits. Bias: mean of estimate - V; spread: standard deviation of
-an estimate; both by state, then averaged over the states.
+Bias: mean of estimate - V; spread: standard deviation of an estimate; by state, then averaged over the states.
 """
 
 import dataclasses
@@ -71,8 +70,8 @@ def train_actor(agent: torch.nn.Module, obs: torch.Tensor, steps: int) -> sac.SA
 
 
 @torch.no_grad()
-def draw_samples(name: str, agent: torch.nn.Module, actor: sac.SAC, obs: torch.Tensor, n: int):
-    """min_i Q_i and log pi (zeros if uniform), (n,) each, of n actions at one state (1, O)."""
+def draw_samples(name: str, agent: torch.nn.Module, actor: sac.SAC, obs: torch.Tensor, n: int) -> torch.Tensor:
+    """min_i Q_i and log pi (zeros if uniform), (2, n), of n actions at one state (1, O)."""
     pieces = []
     for start in range(0, n, 8192):
         repeated = obs.expand(min(8192, n - start), -1)
@@ -84,15 +83,8 @@ def draw_samples(name: str, agent: torch.nn.Module, actor: sac.SAC, obs: torch.T
         else:
             actions = agent.sample(repeated)
             log_prob = agent.log_prob(repeated, actions)
-        pieces.append((agent.q(repeated, actions).amin(-1), log_prob))
-    return tuple(torch.cat(piece) for piece in zip(*pieces, strict=True))
-
-
-def estimates(name: str, agent: torch.nn.Module, q: torch.Tensor, log_prob: torch.Tensor, m: int) -> torch.Tensor:
-    """Independent estimates of V(s), (n / m,), from m of the n samples each."""
-    if name == UNIFORM:
-        return sql.importance_sampled_value(q.view(m, -1), agent.alpha, agent.action_dim)
-    return (q - agent.alpha * log_prob).view(m, -1).mean(0)
+        pieces.append(torch.stack([agent.q(repeated, actions).amin(-1), log_prob]))
+    return torch.cat(pieces, -1)
 
 
 def draw(rows: list[dict], env_id: str, path: Path) -> None:
@@ -123,15 +115,16 @@ def main(args: Args) -> None:
             v = agent.v(obs).amin(-1)  # (B,)
         n = M[-1] * (args.initial_repeats if where == "initial" else args.repeats)
         for name in (UNIFORM, GAUSSIAN, OWN):
-            pools = [draw_samples(name, agent, actor, state[None], n) for state in obs]
-            for m in M:
-                errors = [estimates(name, agent, *pool, m) - v[i] for i, pool in enumerate(pools)]
-                error = torch.stack(errors, 1)  # (n / m, B)
+            q, log_prob = torch.stack([draw_samples(name, agent, actor, state[None], n) for state in obs], -1)  # (n, B)
+            for m in M:  # n / m independent estimates of each V(s), from m samples each
+                samples = (q - agent.alpha * log_prob).view(m, n // m, -1)
+                uniform = sql.importance_sampled_value(samples, agent.alpha, agent.action_dim)
+                error = (uniform if name == UNIFORM else samples.mean(0)) - v  # (n / m, B)
                 row = dict(env_id=trained.env_id, states=where, estimator=name, M=m, alpha=agent.alpha)
                 row |= dict(bias=error.mean(0).mean().item(), spread=error.std(0).mean().item())
                 row["rmse"] = error.square().mean().sqrt().item()
                 rows.append({k: float(f"{x:.5g}") if isinstance(x, float) else x for k, x in row.items()})
-            print(f"{where}, {name}: bias and spread {rows[-1]['bias']:.3g}, {rows[-1]['spread']:.3g} at M = {M[-1]}")
+            print(rows[-1], flush=True)
     write_csv(args.csv, rows)
     if args.png is not None:
         draw(rows, trained.env_id, args.png)
