@@ -35,9 +35,10 @@ import tyro
 from benchmark import commit, markdown, write_csv
 
 SCRIPTS = {"MEow": "meow", "MEow mixture": "meow_mixture", "SAC": "sac", "SQL": "sql", "S2AC": "s2ac"}
-LIBRARIES = {"SB3 SAC": "stable_baselines3", "SBX SAC": "sbx"}
+LIBRARIES = {"SB3 SAC": ("stable_baselines3", "eager"), "SBX SAC": ("sbx", "compiled")}
 PARTS = dict(update_ms=("update, ms", 2), act_ms=("act, ms", 3), evaluation_ms=("evaluation, ms", 3))  # header, digits
 PARTS |= dict(loop_sps=("loop, steps/s", 0))
+XLA = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"  # one thread
 WARM_UP = 1_000  # random steps before the first update
 USUAL = dict(batch_size=("batch", 256), num_envs=("envs", 1), processes=("processes", 1))  # column: label, value
 
@@ -96,7 +97,7 @@ def train_script(job: dict, pipe) -> None:
     flags = dict(env_id=job["env_id"], device=job["device"], compile="on" if job["mode"] == "compiled" else "off")
     flags |= dict(batch_size=job["batch_size"], num_envs=job["num_envs"], utd=1.0, learning_starts=WARM_UP)
     flags |= dict(buffer_size=200_000, total_timesteps=10**9, eval_frequency=10**9, checkpoint_frequency=10**9)
-    flags |= dict(variant=variant) if variant else {}
+    flags |= dict(exp_name=f"speed{os.getpid()}") | (dict(variant=variant) if variant else {})
     make_update = module.make_update
 
     def make_timed_update(agent: torch.nn.Module, buffer, args):
@@ -128,7 +129,7 @@ def train_library(job: dict, pipe) -> None:
     """The same by a SAC from PyPI, with its defaults and this project's batch."""
     import gymnasium as gym
 
-    SAC = importlib.import_module(LIBRARIES[job["implementation"]]).SAC
+    SAC = importlib.import_module(LIBRARIES[job["implementation"]][0]).SAC
     env = gym.make(job["env_id"])
     model = SAC("MlpPolicy", env, learning_starts=WARM_UP, batch_size=job["batch_size"], buffer_size=200_000)
     obs = env.observation_space.sample().astype(np.float32)
@@ -147,18 +148,16 @@ def work(job: dict, pipe, folder: str) -> None:
 
 
 def groups_of(args: Args) -> list[list[dict]]:
-    """Groups of jobs that are measured side by side."""
-    groups, usual = [], {column: value for column, (_, value) in USUAL.items()}
+    """Groups of jobs that are measured side by side. A library has one mode and one environment."""
+    groups = []
     for env_id, threads in itertools.product(args.env_ids, args.threads):
-        about, jobs = dict(env_id=env_id, threads=threads, device=args.device, seconds=args.seconds), []
-        for name in args.implementations:
-            axes = itertools.product(args.modes, args.batch_sizes, args.num_envs, args.processes)
-            if name not in LIBRARIES:
-                jobs += [about | dict(zip(("implementation", "mode", *USUAL), (name, *x), strict=True)) for x in axes]
-            elif args.device == "cpu":
-                mode = "eager" if name == "SB3 SAC" else "compiled"
-                jobs.append(about | dict(implementation=name, mode=mode) | usual)
-        groups.append(jobs)
+        chosen = [name for name in args.implementations if name not in LIBRARIES or args.device == "cpu"]
+        jobs = {}
+        for x in itertools.product(chosen, args.modes, args.batch_sizes, args.num_envs, args.processes):
+            job = dict(env_id=env_id, threads=threads) | dict(zip(("implementation", "mode", *USUAL), x, strict=True))
+            job |= dict(mode=LIBRARIES[x[0]][1], num_envs=1) if x[0] in LIBRARIES else {}
+            jobs[tuple(job.values())] = job | dict(device=args.device, seconds=args.seconds)
+        groups.append(list(jobs.values()))
     return groups
 
 
@@ -168,9 +167,7 @@ def measure(jobs: list[dict], turns: int) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             for job, own in zip(jobs, pipes, strict=True):
-                os.environ |= {name: str(job["threads"]) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-                xla = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
-                os.environ["XLA_FLAGS"] = xla if job["threads"] == 1 else ""
+                os.environ |= {"OMP_NUM_THREADS": str(job["threads"]), "XLA_FLAGS": XLA if job["threads"] == 1 else ""}
                 for _ in range(job["processes"]):
                     here, there = context.Pipe()
                     processes.append(context.Process(target=work, args=(job, there, folder), daemon=True))
@@ -189,8 +186,9 @@ def measure(jobs: list[dict], turns: int) -> list[dict]:
         except EOFError:  # a process is gone
             sys.exit(f"error: {Path(folder, 'log.txt').read_text()[-2000:]}")
         finally:
-            [process.kill() for process in processes]
-            [process.join() for process in processes]
+            for process in processes:
+                process.kill()
+                process.join()
     return rows
 
 
@@ -199,18 +197,16 @@ def table(rows: list[dict]) -> str:
     groups, lines, usual = {}, [], USUAL | dict(num_seeds=("seeds", 1))  # num_seeds: in tables of older commits
     for row in rows:
         more = "".join(f", {label} {row[k]}" for k, (label, x) in usual.items() if str(row.get(k, x)) != str(x))
-        groups.setdefault((row["env_id"], str(row["threads"]), row["implementation"], more, row["mode"]), []).append(
-            row
-        )
+        key = (row["env_id"], str(row["threads"]), row["implementation"], more, row["mode"])
+        groups.setdefault(key, []).append(row)
     for (env_id, threads, name, more, mode), own in groups.items():
         line = {"task": env_id, "threads": threads, "implementation": name + more, "mode": mode}
         for part, (head, digits) in ((part, about) for part, about in PARTS.items() if part in own[0]):
             values = [float(row[part]) for row in own]
             middle, low, high = (f"{f(values):.{digits}f}" for f in (statistics.median, min, max))
             line[head] = f"{middle} ({low}–{high})"
-        meow = groups.get((env_id, threads, "MEow", more, "compiled"), [])
-        best, this = ([float(row["loop_sps"]) for row in x] for x in (meow, own))
-        faster = f"{statistics.median(best) / statistics.median(this):.2f}" if meow else ""
+        meow = [float(row["loop_sps"]) for row in groups.get((env_id, threads, "MEow", more, "compiled"), [])]
+        faster = f"{statistics.median(meow) / statistics.median(values):.2f}" if meow else ""  # values: the loop's
         lines.append(line | {"MEow is faster by": faster})
     return markdown(lines)
 

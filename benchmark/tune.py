@@ -22,6 +22,8 @@ from pathlib import Path
 import numpy as np
 import optuna
 import tyro
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from benchmark import UserError, exit_code, scalars, script_of
@@ -65,15 +67,12 @@ def suggest(trial: optuna.Trial, space: tuple[str, ...]) -> list[str]:
     return flags
 
 
-def storage_of(folder: Path) -> optuna.storages.JournalStorage:
-    return optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(folder / "study.log")))
-
-
 def open_study(args: Args) -> optuna.Study:
     """The study in the folder. Raises UserError if it is another."""
     options = dict(sampler=optuna.samplers.TPESampler(seed=args.seed, n_startup_trials=args.startup_trials))
     options |= dict(pruner=optuna.pruners.MedianPruner(n_startup_trials=args.startup_trials), direction="maximize")
-    study = optuna.create_study(storage=storage_of(args.folder), study_name="study", load_if_exists=True, **options)
+    options |= dict(storage=JournalStorage(JournalFileBackend(str(args.folder / "study.log"))), study_name="study")
+    study = optuna.create_study(load_if_exists=True, **options)
     asked = [args.script, args.env_id, args.flags, str(args.seed), *args.space]
     if (had := study.user_attrs.get("asked", asked)) != asked:
         raise UserError(f"{args.folder} has another study, of {' '.join(had)}")
@@ -129,11 +128,9 @@ def main(args: Args) -> int:
     if interrupted.is_set():
         print(f"interrupted; the same command continues {args.folder}")
         return 130
-    complete = study.get_trials(states=(TrialState.COMPLETE,))
-    print(f"{len(complete)} trials are complete, of {len(study.trials)}; all are in {args.folder}/trials.csv")
-    if complete:
+    if complete := study.get_trials(states=(TrialState.COMPLETE,)):
         best = study.best_trial
-        print(f"best: trial {best.number}, {best.value:.2f}. To be trained again with other seeds:")
+        print(f"best of {len(complete)} complete trials: {best.number}, {best.value:.2f}. Train it with other seeds:")
         command = ["python", str(path), *own, "--env-id", args.env_id, *shlex.split(args.flags)]
         print(shlex.join(command + shlex.split(best.user_attrs["flags"])))
     return int(not complete)

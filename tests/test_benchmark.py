@@ -214,7 +214,7 @@ def test_speed_command(tmp_path):
     done = subprocess.run([*command, "--processes", "2"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     rows = read_csv(tmp_path / "new" / "speed.csv")
-    assert [(row["implementation"], row["processes"]) for row in rows] == [("MEow", "2"), ("SB3 SAC", "1")] * 2
+    assert [(row["implementation"], row["processes"]) for row in rows] == [("MEow", "2"), ("SB3 SAC", "2")] * 2
     assert all(0 < float(row[part]) < 1e5 for row in rows for part in speed.PARTS)
     for row in rows:
         assert 1e3 * int(row["processes"]) / float(row["loop_sps"]) > 0.1 * float(row["update_ms"])

@@ -63,7 +63,9 @@ def test_interrupted_trials_are_run_again(tmp_path):
     assert {trial["state"] for trial in trials(tmp_path)} == {"FAIL", "WAITING"}
     alive = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
     assert len(begun) == 2 and not any(FAKE in line and "--seconds 1000" in line for line in alive.splitlines())
-    waiting = optuna.load_study(study_name="study", storage=tune.storage_of(tmp_path)).get_trials()[2:]
+    backend = optuna.storages.journal.JournalFileBackend(str(tmp_path / "study.log"))
+    study = optuna.load_study(study_name="study", storage=optuna.storages.JournalStorage(backend))
+    waiting = study.get_trials()[2:]
     failed = [trial["params_level"] for trial in trials(tmp_path) if trial["state"] == "FAIL"]
     assert sorted(str(trial.system_attrs["fixed_params"]["level"]) for trial in waiting) == sorted(failed)
 
