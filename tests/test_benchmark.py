@@ -14,6 +14,7 @@ import torch
 
 import benchmark
 import meow_continuous_action as meow
+import s2ac_continuous_action as s2ac
 from benchmark import colors, read_csv, run_missing, script_of, speed, write_csv
 from benchmark.studies import densities, entropy, goal_map_optimum, value_estimators
 from numerics import action_grid
@@ -207,9 +208,8 @@ def test_value_estimators(tmp_path, monkeypatch):
 
 def test_speed_command(tmp_path):
     """Every implementation in turn: a row a turn, in the CSV and in the table. An update is in each step of the loop,
-    and of two processes the steps are added up. S2AC's sampler is faster than its particles."""
-    names = ["MEow", "SB3 SAC", "S2AC phi-theta-psi", "S2AC phi"]
-    command = [sys.executable, "-m", "benchmark.speed", "--env-ids=Hopper-v4", "--implementations", *names[:2]]
+    and of two processes the steps are added up."""
+    command = [sys.executable, "-m", "benchmark.speed", "--env-ids=Hopper-v4", "--implementations", "MEow", "SB3 SAC"]
     command += ["--modes=eager", "--threads=1", "--turns=2", "--seconds=0.1", f"--csv={tmp_path / 'new' / 'speed.csv'}"]
     done = subprocess.run([*command, "--processes", "2"], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -219,11 +219,16 @@ def test_speed_command(tmp_path):
     for row in rows:
         assert 1e3 * int(row["processes"]) / float(row["loop_sps"]) > 0.1 * float(row["update_ms"])
     assert len(re.findall(r"\| Hopper-v4 \| 1 \| ", done.stdout)) == 2
-    job = dict(env_id="Hopper-v4", threads=1, device="cpu", seconds=0.1, mode="eager", batch_size=8, num_envs=1)
-    sampler, particles = (
-        row["evaluation_ms"] for row in speed.measure([job | dict(implementation=n, processes=1) for n in names[2:]], 1)
-    )
-    assert 5 * sampler < particles
+
+
+def test_speed_of_a_variant(monkeypatch):
+    """The job's flags reach the script."""
+    given = []
+    monkeypatch.setattr(s2ac, "make_update", s2ac.make_update)  # to be restored
+    monkeypatch.setattr(s2ac, "train", given.append)
+    job = dict(env_id="Hopper-v4", device="cpu", mode="eager", batch_size=8, num_envs=4)
+    speed.train_script(job | dict(implementation="S2AC phi"), None)
+    assert (given[0].variant, given[0].batch_size, given[0].num_envs, given[0].compile) == ("phi", 8, 4, "off")
 
 
 def test_speed_that_fails_says_why(capfd):
