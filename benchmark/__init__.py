@@ -1,17 +1,38 @@
-"""Commands that measure: each module's first lines say what it does and how to call it."""
+"""Commands that measure: each module's first lines say what it does and how to call it. Here is what they share."""
 
 import csv
-import io
+import json
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
+import tyro
+
 ROOT = Path(__file__).resolve().parent.parent
+NAMES = {"meow": "MEow", "sac": "SAC", "sql": "SQL", "s2ac": "S2AC", "meow-mixture": "MEow mixture"}  # word -> name
+NAMES |= {f"sb3:{algo}": f"SB3 {algo.upper()}" for algo in ("ppo", "td3", "ddpg", "sac")}
+PALETTE = "#3f90da #e76300 #bd1f01 #832db6 #94a4a2 #717581 #ffa90e #a96b59 #b9ac70 #92dadd".split()  # Petroff 2021
+
+
+class UserError(Exception):
+    """A mistake in what was asked for, said in one line."""
+
+
+def exit_code(main: Callable, args: type, description: str) -> int:
+    """main of the command line's args. 2, after one line, for a UserError, 130 for Ctrl-C before anything ran."""
+    try:
+        return main(tyro.cli(args, description=description)) or 0
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 def commit() -> str:
@@ -20,43 +41,106 @@ def commit() -> str:
     return subprocess.run(git, capture_output=True, text=True).stdout.strip()
 
 
-def write_csv(path: Path, rows: Iterable[dict], columns: Iterable[str] | None = None) -> None:
-    """Write rows under `columns`, by default the last row's; a column that a row lacks is empty there.
+def script_of(word: str) -> tuple[Path, list[str]]:
+    """The script of a path or of a word (meow-mixture, sb3:ppo), and the flags that choose it. Raises UserError."""
+    algo, own = word.partition(":")[2], f"{word.replace('-', '_')}_continuous_action.py"
+    path = ROOT / {"densities": "benchmark/studies/densities.py"}.get(word, "benchmark/sb3.py" if algo else own)
+    path = Path(word) if word.endswith(".py") else path
+    if not path.is_file() or (algo and word not in NAMES):
+        raise UserError(f"{word}: no such script")
+    return path.resolve(), ["--algo", algo] if algo else []
 
-    The file is, at every moment, the old one or the new one, whole. Makes its folder. Raises ValueError for a row with
-    another column.
-    """
-    rows = list(rows)
+
+def word_of(script: str | Path) -> str:
+    """meow-mixture of meow_mixture_continuous_action.py."""
+    return re.sub("_(continuous_action|isaacgym)$", "", Path(script).stem).replace("_", "-")
+
+
+def scalars(run: Path, tag: str) -> list:
+    """TensorBoard events of a run: .step, .value. Empty if it has none of this tag."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    return events.Scalars(tag) if tag in events.Tags()["scalars"] else []
+
+
+def read_csv(path: Path) -> list[dict]:
+    """Rows; none if there is no such file."""
+    return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """A column that a row lacks is empty there. At every moment the file is the old one or the new one, whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[-1] if columns is None else columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
     new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text(text.getvalue())
+    with open(new, "w", newline="") as f:
+        writer = csv.DictWriter(f, dict.fromkeys(key for row in rows for key in row), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
     new.replace(path)
 
 
-def run_all(
-    function: Callable, jobs: dict[str, tuple], workers: int, failed: list[str]
-) -> Iterator[tuple[str, object]]:
-    """("3 of 9, 5 min to go: NAME", function(*arguments)) for each of `jobs`, name -> arguments, as they finish.
+def run_missing(function: Callable, jobs: dict[tuple, tuple], path: Path, keys: tuple[str, ...], workers: int) -> int:
+    """Append function(*arguments) -> row to the CSV at `path` for the `jobs` that it lacks. Returns 1 if one failed.
 
-    `workers` processes of one thread each run side by side. A job that fails is printed, and its name is appended to
-    `failed`; the others go on.
+    jobs: values of the columns `keys` -> arguments. `workers` processes of one thread each run side by side.
     """
+    rows, failed, start = read_csv(path), [], time.time()
+    have = {tuple(row[key] for key in keys) for row in rows}
+    todo = {names: arguments for names, arguments in jobs.items() if tuple(map(str, names)) not in have}
     os.environ["OMP_NUM_THREADS"] = "1"
-    start = time.time()
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
-        futures = {pool.submit(function, *arguments): name for name, arguments in jobs.items()}
+        futures = {pool.submit(function, *arguments): ", ".join(map(str, n)) for n, arguments in todo.items()}
         for done, future in enumerate(as_completed(futures), 1):
-            name, left = futures[future], (time.time() - start) * (len(futures) - done) / done / 60
+            name, left = futures[future], (time.time() - start) * (len(todo) - done) / done / 60
             try:
-                result = future.result()
-            except (Exception, SystemExit) as e:  # SystemExit: a script's UserError
+                rows.append(future.result())
+            except (Exception, SystemExit) as e:  # SystemExit: a mistake that a script found
                 failed.append(name)
                 print(f"{name} failed: {type(e).__name__}: {e}", file=sys.stderr, flush=True)
                 continue
-            yield f"{done} of {len(futures)}, {left:.0f} min to go: {name}", result
+            write_csv(path, rows)
+            print(f"{done} of {len(todo)}, {left:.0f} min to go: {json.dumps(rows[-1])}", flush=True)
     if failed:
         print(f"failed: {'; '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
+
+
+def markdown(rows: list[dict]) -> str:
+    """A table of rows with the same keys."""
+    lines = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def colors(names: Iterable[str]) -> dict[str, str]:
+    """Name -> colour: an algorithm's is the same in all pictures, others take what is left."""
+    names = list(names)
+    fixed = {name: color for name, color in zip(NAMES.values(), PALETTE, strict=False) if name in names}
+    left = [color for color in PALETTE if color not in fixed.values()] or PALETTE
+    others = [name for name in names if name not in fixed]
+    return fixed | {name: left[i % len(left)] for i, name in enumerate(others)}
+
+
+def panels(rows: int = 1, columns: int = 1, size: tuple[float, float] = (4.2, 3.4), **options):
+    """A figure and its panels (rows, columns), each of this size in inches."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True})
+    plt.rcParams.update({"grid.linewidth": 0.3, "legend.frameon": False})
+    options |= dict(figsize=(size[0] * columns, size[1] * rows), layout="constrained", squeeze=False)
+    return plt.subplots(rows, columns, **options)
+
+
+def save_picture(figure, path: Path, legend: bool = True) -> None:
+    """Write the figure, its legend, each label once, beside the panels."""
+    import matplotlib.pyplot as plt
+
+    named = {label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    if legend and named:
+        figure.legend(named.values(), named.keys(), loc="outside right upper")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

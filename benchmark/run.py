@@ -1,21 +1,20 @@
-"""Grids of runs: scripts x tasks x seeds x variants, each cell the script's own command line, as Ray tasks.
+"""Grids of runs: scripts x tasks x seeds x variants, each cell a script's own command line, as Ray tasks.
 
     python -m benchmark.run runs/smoke --preset smoke
-    python -m benchmark.run runs/mine --scripts meow sac --env-ids Hopper-v4 --seeds 1 2 3 --flags="--tau 0.01"
+    python -m benchmark.run runs/mine --scripts meow sac sb3:ppo --env-ids Hopper-v4 --seeds 1 2 3 --flags="--utd 0.5"
     python -m benchmark.run runs/mine --resume
     python -m benchmark.report runs/mine --out runs/mine/report
 
-The cost is printed first. grid.json in the folder says what ran: commands, attempts, exit codes, run folders; each cell
-has a folder with its log and its runs. --resume goes on with a grid that was interrupted or killed, from the runs' last
-checkpoints; what is done is not run again, and cells that the flags add are added. Ctrl-C leaves a grid that resumes.
-Exit code: 0 all done, 1 a cell failed, 2 a mistake in the flags, 130 or 143 interrupted.
-
-Runs on this machine's cores, or on the cluster at RAY_ADDRESS, whose nodes need the folder, the scripts and this
-Python at the same paths.
+The cost is printed first. grid.json in the folder has the cells and their states, a folder for each cell its log and
+its runs. --resume continues a grid that was interrupted or killed: what is done is not run again, a run continues from
+its last checkpoint, or starts anew where its script cannot resume; cells that the flags add are added. Exit code: 0 all
+done, 1 a cell failed, 2 a mistake in the flags, 130 or 143 interrupted. Runs on this machine, or on the cluster at
+RAY_ADDRESS, whose nodes need folder, scripts and Python at the same paths.
 """
 
 import dataclasses
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -27,48 +26,122 @@ import time
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+import pandas as pd
+import tomllib
 import tyro
 
-from benchmark.grids import UserError, estimate, exit_code, grid, merge, run_folders, steps
+from benchmark import NAMES, ROOT, UserError, exit_code, scalars, script_of, word_of
+
+PRESETS = tomllib.loads((ROOT / "benchmark" / "presets.toml").read_text())
+STEPS = PRESETS.pop("steps")
+# Steps a second of so many MEow processes together on Hopper-v4 that share one H200 through MPS (docs/speed.md)
+GPU_RATES, WITHOUT_MPS = {1: 1457, 5: 4043, 15: 7977}, 1_600
+MPS_NOTE = (
+    "CUDA MPS does not run here, so the processes on a GPU take turns: 15 on one H200 make 1,600 steps/s together "
+    "without it and 8,000 with it. To start it, before the grid: nvidia-cuda-mps-control -d"
+)
 
 
 @dataclasses.dataclass
 class Args:
-    folder: tyro.conf.Positional[Path]
-    """folder of the grid"""
-    preset: Literal["smoke", "goal", "cpu", "paper", "ablation"] | None = None
-    """a grid from the list: smoke 2 minutes; goal the goal maps; cpu 3 hours on 2 cores; paper all; ablation MEow's"""
-    scripts: tuple[str, ...] = ()
-    """scripts, by path or by this project's word (meow-mixture); in place of the preset's, as are the next three"""
-    env_ids: tuple[str, ...] = ()
-    """tasks"""
-    seeds: tuple[int, ...] = ()
-    """seeds"""
-    variants: tuple[str, ...] = ()
-    """flags that make a variant, without the first dashes: `--variants "" no-reward-shift "coupling affine"`"""
-    flags: str = ""
-    """flags of every run, in quotes, after the preset's: `--flags="--total-timesteps 50000"`"""
-    cpus: float = 1.0
-    """CPUs of a process, and its OMP_NUM_THREADS"""
-    gpus: float = 0.0
-    """share of a GPU for a process; with 0 it sees none"""
-    retries: int = 1
-    """further attempts at a run that failed, from its last checkpoint; a script that begins no run gets none"""
-    resume: bool = False
-    """go on with the grid that is in the folder"""
-    rate: tuple[str, ...] = ()
-    """environment steps a second of one run, for the estimate: `--rate meow=120 sac=90`"""
-    dry_run: bool = False
-    """print the cells and the cost, run nothing"""
+    folder: tyro.conf.Positional[Path]  # folder of the grid
+    preset: Literal[tuple(PRESETS)] | None = None  # a grid of benchmark/presets.toml
+    scripts: tuple[str, ...] = ()  # by path or word (meow-mixture, sb3:ppo), instead of the preset's, as the next three
+    env_ids: tuple[str, ...] = ()  # tasks
+    seeds: tuple[int, ...] = ()  # seeds
+    variants: tuple[str, ...] = ()  # flags of a variant each: `--variants "" no-reward-shift "coupling affine"`
+    flags: str = ""  # flags of every run, in quotes, after the preset's: `--flags="--total-timesteps 50000"`
+    cpus: float = 1.0  # CPUs of a process, and its OMP_NUM_THREADS
+    gpu_fraction: float = 0.0  # share of a GPU of each process: with 0.2 five share one, with 0 a process sees none
+    retries: int = 1  # further attempts at a run that failed, from its last checkpoint
+    resume: bool = False  # continue the grid that is in the folder
+    dry_run: bool = False  # print the cells and the cost, run nothing
+
+
+def grid(args: Args) -> dict[str, dict]:
+    """Name -> cell, of the flags; empty without a preset or scripts. Raises UserError."""
+    given = {key: getattr(args, key) for key in ("scripts", "env_ids", "seeds", "variants") if getattr(args, key)}
+    if args.preset is None and given and not {"scripts", "env_ids"} <= set(given):
+        raise UserError("a grid needs --preset, or --scripts and --env-ids")
+    if args.preset is None and not given and args.flags:
+        raise UserError("--flags is for new cells, of --preset or --scripts; the cells of the grid keep theirs")
+    cells = {}
+    for block in PRESETS[args.preset] if args.preset else [{}] if given else []:
+        block = dict(seeds=(1,), variants=("",), flags="") | block | given
+        axes = (block[key] for key in ("scripts", "env_ids", "variants", "seeds"))
+        for script, env_id, variant, seed in itertools.product(*axes):
+            path, own = script_of(script)
+            stem, label = "_".join([path.stem, *own[1:]]), re.sub(r"[^\w.]+", "-", variant).strip("-")
+            name = re.sub(r"[^\w.-]", "_", "__".join(filter(None, (stem, env_id, label, f"seed{seed}"))))
+            flags = [*own, *shlex.split(f"{block['flags']} {args.flags} {variant and f'--{variant}'}")]
+            flags += ["--exp-name", f"{stem}.{label}"] if label else []
+            cell = dict(name=name, script=str(path), env_id=env_id, seed=seed, flags=flags)
+            cells = merge(cells, {name: cell | dict(state="waiting")})
+    return cells
+
+
+def merge(old: dict[str, dict], new: dict[str, dict]) -> dict[str, dict]:
+    """The cells of both. Raises UserError where the two disagree."""
+    for name, key in itertools.product(old.keys() & new.keys(), ("script", "flags")):
+        if old[name][key] != new[name][key]:
+            raise UserError(f"{name} is in the grid with another {key}: {old[name][key]}, not {new[name][key]}")
+    return old | {name: cell for name, cell in new.items() if name not in old}
+
+
+def steps(cell: dict) -> int:
+    """Environment steps of the cell; of a task that STEPS lacks, a million."""
+    given = re.findall(r"--total[-_]timesteps[ =](\d+)", " ".join(cell["flags"]))
+    return int(given[-1]) if given else STEPS.get(re.sub("-v5$", "-v4", cell["env_id"]), 10**6)
+
+
+def name_of(cell: dict) -> str:
+    """MEow, SB3 PPO, ..."""
+    word = word_of(cell["script"])
+    word = f"sb3:{cell['flags'][1]}" if word == "sb3" else word
+    return NAMES.get(word, word)
+
+
+def measured() -> dict[tuple[str, str], float]:
+    """(implementation, task) -> its steps a second on one CPU thread: medians of committed tables, the fastest."""
+    rows = pd.concat(map(pd.read_csv, (ROOT / "benchmark" / "results").glob("speed*.csv")))
+    one = rows.reindex(columns=["threads", "num_envs", "num_seeds", "processes"]).fillna(1) == 1  # not all are in all
+    rows = rows[one.all(axis=1) & (rows["batch_size"] == 256) & ~rows["machine"].str.contains("NVIDIA")]
+    turns = rows.groupby(["implementation", "env_id", "mode", "commit"])["loop_sps"]
+    return turns.median().groupby(["implementation", "env_id"]).max().to_dict()
+
+
+def estimate(cells: list[dict], args: Args) -> str:
+    """What the cells cost on CPUs and on a GPU, by measured speeds."""
+    rates, used, hours, total = measured(), {}, 0.0, sum(map(steps, cells))
+    for cell in cells:
+        name, env_id = name_of(cell), re.sub("-v5$", "-v4", cell["env_id"])
+        likely = itertools.product((name, "SB3 SAC" if "SB3" in name else "MEow"), (env_id, "Hopper-v4"))
+        like = next((key for key in likely if key in rates), None)
+        rate = rates.get(like, 150.0)
+        used[name, env_id] = f"{name} {env_id} {rate:.0f}" + ("" if like == (name, env_id) else " (of another)")
+        hours += steps(cell) / rate / 3600
+    side_by_side = min(max(1, int((os.cpu_count() or 1) / args.cpus)), max(1, len(cells)))
+    k = max(1, int(1 / args.gpu_fraction)) if args.gpu_fraction else 15
+    rate = float(np.interp(k, list(GPU_RATES), list(GPU_RATES.values())))
+    return (
+        f"to run: {len(cells)} runs, {total:,} environment steps\n"
+        f"  CPU: {hours:,.1f} core hours, {hours / side_by_side:,.1f} hours here, {side_by_side} at a time, by the "
+        f"steps a second and core in benchmark/results/speed*.csv: {', '.join(used.values())}\n"
+        f"  GPU: {total / rate / 3600:,.1f} hours of one H200, {k} processes with MPS, {rate:,.0f} steps/s in all; "
+        f"without MPS {total / min(rate, WITHOUT_MPS) / 3600:,.1f} (speed measured for MEow on Hopper-v4)"
+    )
+
+
+def run_folders(here: Path) -> list[Path]:
+    """The run folders of the cell whose folder is `here`, without what was set aside."""
+    return sorted(path.parent for path in here.glob("runs/*/args.json"))
 
 
 def finished(run: Path) -> bool:
     """Whether the run's last evaluation is at or past its last step."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     total = json.loads((run / "args.json").read_text())["args"].get("total_timesteps")
-    events = EventAccumulator(str(run)).Reload()
-    evaluations = events.Scalars("eval/episodic_return") if "eval/episodic_return" in events.Tags()["scalars"] else []
+    evaluations = scalars(run, "eval/episodic_return")
     return total is not None and bool(evaluations) and evaluations[-1].step >= total
 
 
@@ -83,28 +156,24 @@ def next_command(here: Path, cell: dict) -> list[str] | None:
             return [*script, "--resume", str(runs[0].relative_to(here))]
     if (here / "runs").exists():
         (here / "runs").rename(here / f"abandoned-{len(list(here.glob('abandoned-*'))) + 1}")
-    command = [*script, "--env-id", cell["env_id"], "--seed", str(cell["seed"])]
-    command += ["--exp-name", f"{Path(cell['script']).stem}.{cell['variant']}"] if cell["variant"] else []
-    return command + cell["flags"]
+    return [*script, "--env-id", cell["env_id"], "--seed", str(cell["seed"]), *cell["flags"]]
 
 
-def run_cell(folder: Path, cell: dict, cpus: float, gpus: float) -> dict:
+def run_cell(folder: Path, cell: dict, cpus: float, gpu_fraction: float) -> None:
     """One attempt at a cell, in a Ray task: start its script or resume it, its output appended to the cell's log.txt.
 
-    Returns the command and its exit code (0 if nothing was left to do). When the task is cancelled, the script gets
-    SIGTERM and is waited for.
+    When the task is cancelled, the script gets SIGTERM and is waited for. Raises CalledProcessError if it fails.
     """
-    here = folder / cell["name"]
+    here, hidden = folder / cell["name"], {} if gpu_fraction else {"CUDA_VISIBLE_DEVICES": ""}
     here.mkdir(parents=True, exist_ok=True)
-    threads = {"OMP_NUM_THREADS": str(max(1, int(cpus)))}
-    env = os.environ | threads | ({} if gpus else {"CUDA_VISIBLE_DEVICES": ""})
     with open(here / "lock", "a") as lock, open(here / "log.txt", "a") as log:
         # the script holds the lock, too: if it outlives a grid that was killed, the next one waits for it here
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (command := next_command(here, cell)) is None:
-            return dict(command="", exit=0)
+            return
         print(f"\n# {time.strftime('%F %T')} {shlex.join(command)}", file=log, flush=True)
         files = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[lock.fileno()])
+        env = os.environ | {"OMP_NUM_THREADS": str(max(1, int(cpus)))} | hidden
         process = subprocess.Popen(command, cwd=here, env=env, **files)
         try:
             while (code := process.poll()) is None:
@@ -113,7 +182,8 @@ def run_cell(folder: Path, cell: dict, cpus: float, gpus: float) -> dict:
             if process.poll() is None:
                 process.terminate()
                 process.wait()
-    return dict(command=shlex.join(command), exit=code)
+    if code:
+        raise subprocess.CalledProcessError(code, command)
 
 
 def start_ray():
@@ -137,143 +207,96 @@ def start_ray():
     return ray
 
 
-def stop_tasks(ray, tasks) -> None:
-    """Cancel the tasks and wait until their scripts have saved and ended."""
-    for task in tasks:
-        ray.cancel(task)
-    ray.wait(tasks, num_returns=len(tasks), timeout=600) if tasks else None
-
-
 def tail(log: Path, size: int = 4096) -> str:
     with open(log, "rb") as f:
         f.seek(max(0, log.stat().st_size - size))
         return f.read().decode(errors="replace").replace("\r", "\n")
 
 
-def fraction(log: Path) -> float:
-    """How far the script is, by the last progress bar in its log."""
-    bars = re.findall(r"(\d+)/(\d+) \[", tail(log)) if log.exists() else []
-    return int(bars[-1][0]) / int(bars[-1][1]) if bars else 0.0
+def fraction(folder: Path, cell: dict) -> float:
+    """How far the cell is, by the last progress bar in its log."""
+    log = folder / cell["name"] / "log.txt"
+    bars = re.findall(r"(\d+)/(\d+) \[", tail(log)) if log.exists() and cell["state"] != "done" else []
+    return int(bars[-1][0]) / int(bars[-1][1]) if bars else float(cell["state"] == "done")
 
 
 def save(folder: Path, cells: dict[str, dict]) -> None:
-    """Write grid.json, whole or not at all. `log` and `runs` are relative to the folder."""
+    """Write grid.json, whole or not at all."""
     (folder / "grid.json.tmp").write_text(json.dumps(dict(cells=list(cells.values())), indent=1))
     (folder / "grid.json.tmp").replace(folder / "grid.json")
 
 
 def run_grid(folder: Path, cells: dict[str, dict], args: Args) -> int:
     """Run the cells that are not done. Returns the exit code."""
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import Progress
 
     ray = start_ray()
-    if args.gpus and not ray.cluster_resources().get("GPU"):
-        raise UserError("--gpus: Ray finds no GPU")
-    task = ray.remote(run_cell).options(num_cpus=args.cpus, num_gpus=args.gpus, max_retries=0)
-    running, bars, sizes = {}, {}, {}
-
-    def submit(cell: dict) -> None:
-        log = folder / cell["name"] / "log.txt"
-        sizes[cell["name"]] = log.stat().st_size if log.exists() else 0
-        running[task.remote(folder, cell, args.cpus, args.gpus)] = cell
-        cell["state"] = "waiting"
-
-    def collect(done) -> None:
-        cell, last = running.pop(done), dict(ended=time.strftime("%F %T"))
-        try:
-            last |= ray.get(done)
-        except ray.exceptions.RayError as e:  # the worker died, or could not write
-            last |= dict(command="", exit=None, error=str(e).strip().splitlines()[-1])
-        cell["attempts"].append(last)
-        cell["state"] = "done" if last["exit"] == 0 else "failed"
-        cell["log"] = f"{cell['name']}/log.txt"
-        cell["runs"] = [str(run.relative_to(folder)) for run in run_folders(folder / cell["name"])]
-        tries[cell["name"]] += 1
-        again = last["exit"] != 0 and cell["runs"] and tries[cell["name"]] <= args.retries
-        progress.print(f"{'retry' if again else cell['state']}: {cell['name']}", soft_wrap=True)
-        if cell["name"] in bars:
-            progress.remove_task(bars.pop(cell["name"]))
-        if again:
-            submit(cell)
-
-    def show() -> None:
-        """Bars of what runs, and of the whole in environment steps."""
-        for cell in running.values():
-            log = folder / cell["name"] / "log.txt"
-            if cell["state"] == "waiting" and log.exists() and log.stat().st_size > sizes[cell["name"]]:
-                cell["state"] = "running"
-                bars[cell["name"]] = progress.add_task(cell["name"], completed=fraction(log), total=1.0)
-            if cell["name"] in bars:
-                progress.update(bars[cell["name"]], completed=fraction(log))
-        progress.update(whole, completed=covered(), description=summary())
-
-    def covered() -> float:
-        return sum(
-            steps(c) * (c["state"] == "done" or fraction(folder / c["name"] / "log.txt")) for c in cells.values()
-        )
+    if args.gpu_fraction and not ray.cluster_resources().get("GPU"):
+        raise UserError("--gpu-fraction: Ray finds no GPU")
+    again = dict(max_retries=args.retries, retry_exceptions=[subprocess.CalledProcessError])
+    task = ray.remote(run_cell).options(num_cpus=args.cpus, num_gpus=args.gpu_fraction, **again)
+    left = [cell for cell in cells.values() if cell["state"] != "done"]
+    running = {task.remote(folder, cell, args.cpus, args.gpu_fraction): cell for cell in left}
+    for cell in left:
+        cell["state"] = "waiting or running"
 
     def summary() -> str:
         states = [cell["state"] for cell in cells.values()]
         return ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(("done", "failed", *states)))
 
-    tries = dict.fromkeys(cells, 0)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), speed_estimate_period=900) as progress:
-        whole = progress.add_task(summary(), total=sum(map(steps, cells.values())), completed=covered())
+    with Progress(speed_estimate_period=900) as progress:
+        bar = progress.add_task(summary(), total=sum(map(steps, cells.values())))
         try:
-            for cell in cells.values():
-                if cell["state"] != "done":
-                    submit(cell)
             while running:
                 save(folder, cells)
                 for done in ray.wait(list(running), timeout=1.0)[0]:
-                    collect(done)
-                show()
+                    cell = running.pop(done)
+                    try:
+                        cell["state"] = ray.get(done) or "done"
+                    except ray.exceptions.RayError as e:  # the script failed, the worker died, or could not write
+                        cell |= dict(state="failed", error=str(e).strip().splitlines()[-1])
+                    progress.print(f"{cell['state']}: {cell['name']}", soft_wrap=True)
+                covered = sum(steps(cell) * fraction(folder, cell) for cell in cells.values())
+                progress.update(bar, completed=covered, description=summary())
         except KeyboardInterrupt as e:
-            progress.print(f"interrupted; waiting for the scripts to save. Go on with --resume {args.folder}")
-            stop_tasks(ray, list(running))
-            for cell in running.values():
+            progress.print(f"interrupted; waiting for the scripts to save. Continue with --resume {args.folder}")
+            for each, cell in running.items():
                 cell["state"] = "interrupted"
-                cell["runs"] = [str(run.relative_to(folder)) for run in run_folders(folder / cell["name"])]
+                ray.cancel(each)
+            ray.wait(list(running), num_returns=len(running), timeout=600) if running else None
             return 128 + (e.args[0] if e.args else signal.SIGINT)
         finally:
             save(folder, cells)
             ray.shutdown()
     for cell in (cell for cell in cells.values() if cell["state"] == "failed"):
-        last, log = cell["attempts"][-1], folder / cell["name"] / "log.txt"
-        print(f"\nfailed: {cell['name']}, exit code {last['exit']}, end of {log}:")
-        print("\n".join(f"    {line}" for line in tail(log).splitlines()[-15:]) if log.exists() else last["error"])
+        log = folder / cell["name"] / "log.txt"
+        print(f"\nfailed: {cell['name']}: {cell['error']}; end of {log}:")
+        print("\n".join(f"    {line}" for line in tail(log).splitlines()[-15:]) if log.exists() else "")
     print(f"\n{summary()}. The page: python -m benchmark.report {args.folder} --out {args.folder}/report")
-    return 1 if any(cell["state"] == "failed" for cell in cells.values()) else 0
+    return int(any(cell["state"] == "failed" for cell in cells.values()))
 
 
 def main(args: Args) -> int:
     """Returns the exit code. Raises UserError."""
-    if args.cpus <= 0 or args.gpus < 0 or args.retries < 0:
-        raise UserError("--cpus must be positive, --gpus and --retries not negative")
+    if args.cpus <= 0 or not 0 <= args.gpu_fraction <= 1 or args.retries < 0:
+        raise UserError("--cpus must be positive, --gpu-fraction from 0 to 1, --retries not negative")
     folder, cells = args.folder.resolve(), grid(args)
     manifest = folder / "grid.json"
     if manifest.exists() and not args.resume:
-        raise UserError(f"{args.folder} has a grid: --resume goes on with it")
+        raise UserError(f"{args.folder} has a grid: --resume continues it")
     if manifest.exists():
-        old = {cell["name"]: cell for cell in json.loads(manifest.read_text())["cells"]}
-        cells = merge(old, cells)
+        cells = merge({cell["name"]: cell for cell in json.loads(manifest.read_text())["cells"]}, cells)
     if not cells:
         raise UserError(f"nothing to run: {args.folder} has no grid, and there is no --preset and no --scripts")
     left = [cell for cell in cells.values() if cell["state"] != "done"]
-    print(f"to run: {estimate(left, args.rate)}; done before: {len(cells) - len(left)}", flush=True)
+    print(f"{estimate(left, args)}\ndone before: {len(cells) - len(left)}", flush=True)
+    pipes = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
+    if 0 < args.gpu_fraction < 1 and not (pipes / "control").exists():
+        print(MPS_NOTE, flush=True)
     if args.dry_run:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` closes the pipe
         print("\n".join(f"{cell['state']:12}{cell['name']} {shlex.join(cell['flags'])}" for cell in cells.values()))
-        return 0
-    if not left:
+    if args.dry_run or not left:
         return 0
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:

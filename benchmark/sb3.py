@@ -1,151 +1,116 @@
-"""SAC here and in Stable-Baselines3: same task, seeds, settings and evaluation; are the returns the same?
+"""PPO, TD3, DDPG and SAC of Stable-Baselines3, evaluated and logged as this project's scripts are.
 
-    pip install -r requirements-benchmark.txt
-    python -m benchmark.sb3 --env-id Hopper-v4 --total-timesteps 50000
+    python -m benchmark.run runs/x --scripts meow sac sb3:ppo sb3:td3 sb3:ddpg --env-ids Hopper-v4 --seeds 1 2 3
+    python -m benchmark.sb3 --algo ppo --env-id Hopper-v4    # one run
 
-Settings are Stable-Baselines3's defaults, given to both: Adam 3e-4 for actor, Q and alpha, an actor step with every
-update, batch 256, tau 0.005, gamma 0.99, target entropy -D, 2 x 256 ReLU. Ours runs through its command line. Both are
-evaluated by sac_continuous_action.evaluate, deterministic, on the same starts. Finished runs are kept in the CSV and
-not run again; runs of another length or with other evaluations may be there, too, and count for nothing. Printed: for
-each library the mean over seeds of the last five evaluations and its standard deviation, and Welch's 95% interval of
-the difference. Exit code: 1 if a run failed.
+The hyperparameters are the library's defaults (2.9.2), not those that RL Baselines3 Zoo tuned; gamma is 0.99.
+
+    PPO   Adam 3e-4, 2,048 steps, then 10 epochs of batches of 64, clip 0.2, GAE 0.95, no entropy bonus, nets 2 x 64
+    SAC   Adam 3e-4, batch 256, tau 0.005, an update a step after 100 random ones, automatic temperature, nets 2 x 256
+    TD3   Adam 1e-3, batch 256, tau 0.005, an update a step after 100 random ones, actor delay 2, nets 400, 300
+    DDPG  as TD3, with one critic, an actor step with every update, and no noise on the target's actions
+
+TD3 and DDPG explore without noise then (the Zoo: --action-noise 0.1 --learning-starts 10000), and PPO does not
+normalise observations. A run cannot be resumed; its last policy is in model.zip.
 """
 
-import csv
 import dataclasses
+import json
 import os
+import platform
 import shlex
-import subprocess
 import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import numpy as np
-import scipy.stats
+import stable_baselines3
 import torch
 import tyro
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.noise import NormalActionNoise
+from tqdm import tqdm
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # a grid runs this file by its path
+sys.path.append(os.getcwd())  # --env-id mytask:My-v0 finds a mytask.py here
 
 import sac_continuous_action as sac
-from benchmark import ROOT, commit, run_all, write_csv
-from benchmark.export import curve
-
-LIBRARIES = ("this project", "Stable-Baselines3")
+from benchmark import commit
 
 
 @dataclasses.dataclass
 class Args:
-    env_id: str = "Hopper-v4"
-    """task"""
-    total_timesteps: int = 50_000
-    """steps of a run"""
-    learning_starts: int = 5_000
-    """uniformly random steps before the first update"""
-    eval_frequency: int = 5_000
-    """steps between evaluations of 10 episodes"""
-    seeds: tuple[int, ...] = (1, 2, 3)
-    """a run of each library for each seed"""
-    jobs: int = 2
-    """runs side by side, one thread each"""
-    csv: Path | None = None
-    """results, by default runs/sb3_{env_id}.csv"""
+    algo: Literal["ppo", "td3", "ddpg", "sac"]  # the algorithm
+    env_id: str = "Hopper-v4"  # gymnasium id; `module:Name-v0` imports the module first
+    exp_name: str = ""  # part of the run folder's name, by default sb3_ALGO
+    seed: int = 1  # seed of the parameters, the environment and the actions
+    device: str = "auto"  # where the networks live
+    total_timesteps: int | None = None  # environment steps, by default those of the scripts' presets
+    learning_starts: int | None = None  # random steps before the first update, by default the library's; PPO has none
+    action_noise: float = 0.0  # standard deviation of the Gaussian exploration noise of TD3 and DDPG
+    eval_frequency: int = 10_000  # steps between evaluations
+    eval_episodes: int = 10  # episodes of an evaluation, deterministic, with the scripts' seeds
 
 
-def evaluation_steps(args: Args) -> set[int]:
-    """Steps at which a run is evaluated."""
-    return {*range(args.eval_frequency, args.total_timesteps, args.eval_frequency), args.total_timesteps}
+class Protocol(BaseCallback):
+    """Evaluations and logs of this project's scripts."""
+
+    def __init__(self, args: Args):
+        super().__init__()
+        self.args, self.envs = args, [sac.make_env(args.env_id) for _ in range(args.eval_episodes)]
+        self.start_step, self.start_time = 0, time.time()  # of SPS, which leaves evaluations out
+        self.bar = tqdm(total=args.total_timesteps, mininterval=0.5 if sys.stderr.isatty() else 30)
+
+    def sample(self, obs: torch.Tensor, deterministic: bool) -> torch.Tensor:
+        return torch.from_numpy(self.model.predict(obs.numpy(), deterministic=deterministic)[0])
+
+    def _on_step(self) -> bool:
+        step, events = self.num_timesteps, {}
+        self.bar.update()
+        if episode := self.locals["infos"][0].get("episode"):
+            events |= {"charts/episodic_return": episode["r"], "charts/episodic_length": episode["l"]}
+        end = step >= self.args.total_timesteps
+        if end or step % self.args.eval_frequency == 0:
+            events["charts/SPS"] = (step - self.start_step) / (time.time() - self.start_time)
+            settings = sac.Args(self.args.env_id, device="cpu")
+            returns, lengths = sac.evaluate(SimpleNamespace(sample=self.sample), self.envs, settings)
+            events |= {"eval/episodic_return": returns.mean(), "eval/episodic_length": lengths.mean()}
+            self.start_step, self.start_time = step, time.time()
+        for name, value in events.items():
+            self.logger.record(name, float(value))
+        if events:
+            self.logger.dump(step)
+        return not end  # PPO would fill its last rollout
 
 
-def train_ours(args: Args, seed: int) -> list[dict]:
-    """One run through the command line; its evaluation curve."""
-    flags = dict(env_id=args.env_id, seed=seed, total_timesteps=args.total_timesteps, device="cpu", q_lr=3e-4)
-    flags |= dict(learning_starts=args.learning_starts, eval_frequency=args.eval_frequency, policy_frequency=1)
-    flags |= dict(exp_name=f"sb3_check_{time.time_ns()}", buffer_size=args.total_timesteps)
-    command = [sys.executable, str(ROOT / "sac_continuous_action.py")]
-    command += [f"--{name.replace('_', '-')}={value}" for name, value in flags.items()]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    (run,) = Path("runs").glob(f"*__{flags['exp_name']}__*")
-    return curve(run)
-
-
-def train_sb3(args: Args, seed: int) -> list[dict]:
-    """The same run with Stable-Baselines3."""
-    import stable_baselines3
-    from stable_baselines3.common.callbacks import BaseCallback
-
-    torch.set_num_threads(1)
-    eval_args, eval_envs = sac.Args(args.env_id, device="cpu"), [sac.make_env(args.env_id) for _ in range(10)]
-    versions = f"stable-baselines3 {stable_baselines3.__version__}, torch {torch.__version__}"
-    about = dict(seed=seed, commit=commit(), machine=f"{os.cpu_count()} cores, 1 torch thread, {versions}")
-    about["command"] = shlex.join(["python", "-m", "benchmark.sb3", *sys.argv[1:]])
-    rows, steps, start = [], evaluation_steps(args), time.time()
-
-    class Evaluation(BaseCallback):
-        def _on_step(self) -> bool:
-            if self.num_timesteps in steps:
-                actor = self.model.policy.actor
-                policy = SimpleNamespace(sample=lambda obs, deterministic: actor(obs, deterministic=deterministic))
-                returns, _ = sac.evaluate(policy, eval_envs, eval_args)
-                sps = round(self.num_timesteps / (time.time() - start), 1)
-                rows.append({"step": self.num_timesteps, "return": round(float(returns.mean()), 2), "SPS": sps} | about)
-            return True
-
-    env = sac.make_env(args.env_id)
-    settings = dict(learning_starts=args.learning_starts, buffer_size=args.total_timesteps, seed=seed, device="cpu")
-    model = stable_baselines3.SAC("MlpPolicy", env, **settings)
-    model.learn(args.total_timesteps, callback=Evaluation())
-    return rows
-
-
-def run(args: Args, library: str, seed: int) -> list[dict]:
-    rows = (train_ours if library == LIBRARIES[0] else train_sb3)(args, seed)
-    return [{"library": library} | row for row in rows]
-
-
-def wanted(args: Args, rows: list[dict]) -> list[dict]:
-    """The rows of the runs with the evaluations that `args` asks for, without those of shorter and longer runs."""
-    runs = {}
-    for row in rows:
-        runs.setdefault((row["library"], row["seed"], row["command"]), []).append(row)
-    steps = evaluation_steps(args)
-    return [row for own in runs.values() if {int(row["step"]) for row in own} == steps for row in own]
-
-
-def report(rows: list[dict], seeds: tuple[int, ...]) -> None:
-    """Print the table, and the interval of the difference of the means."""
-    scores = {}
-    for library in LIBRARIES:
-        curves = [[float(r["return"]) for r in rows if (r["library"], int(r["seed"])) == (library, s)] for s in seeds]
-        scores[library] = np.array([np.mean(c[-5:]) for c in curves])
-        sps = np.nanmedian([float(r["SPS"]) for r in rows if r["library"] == library])
-        each = " / ".join(f"{score:.1f}" for score in scores[library])
-        mean, std = scores[library].mean(), scores[library].std(ddof=1)
-        print(f"{library}: {mean:.1f} +- {std:.1f} over {len(seeds)} seeds ({each}), {sps:.0f} SPS")
-    ours, theirs = scores.values()
-    interval = scipy.stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval()
-    print(f"difference {ours.mean() - theirs.mean():.1f}, 95% interval {interval.low:.1f} to {interval.high:.1f}")
-
-
-def main(args: Args) -> int:
-    """Exit code: 0, or 1 if a run failed."""
-    path = args.csv or Path("runs") / f"sb3_{args.env_id}.csv"
-    rows = list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
-    finished = {(row["library"], int(row["seed"])) for row in wanted(args, rows)}
-    cells, failed = [(library, seed) for seed in args.seeds for library in LIBRARIES], []
-    jobs = {
-        f"{library}, seed {seed}": (args, library, seed) for library, seed in cells if (library, seed) not in finished
-    }
-    for progress, new in run_all(run, jobs, args.jobs, failed):
-        print(f"{progress}: last evaluation {new[-1]['return']}", flush=True)
-        rows += new
-        write_csv(path, rows)
-    both = tuple(seed for seed in args.seeds if not any(f"{library}, seed {seed}" in failed for library in LIBRARIES))
-    if both:
-        report(wanted(args, rows), both)
-    return 1 if failed else 0
+def train(args: Args) -> Path:
+    """Train, log and evaluate; returns the run's folder."""
+    preset = sac.PRESETS.get(args.env_id.replace("-v5", "-v4"), {})
+    args.total_timesteps = args.total_timesteps or preset.get("total_timesteps", 1_000_000)
+    args.exp_name = args.exp_name or f"sb3_{args.algo}"
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time_ns() // 1_000_000}"
+    run = Path("runs", "".join(c if c.isalnum() or c in "-_." else "_" for c in name))
+    env, settings = sac.make_env(args.env_id), dict(seed=args.seed, device=args.device)
+    if args.algo != "ppo":
+        settings["buffer_size"] = min(1_000_000, args.total_timesteps)
+        settings |= {} if args.learning_starts is None else dict(learning_starts=args.learning_starts)
+        zeros = np.zeros(env.action_space.shape)
+        settings["action_noise"] = NormalActionNoise(zeros, zeros + args.action_noise) if args.action_noise else None
+    model = getattr(stable_baselines3, args.algo.upper())("MlpPolicy", env, **settings)
+    model.set_logger(configure(str(run), ["tensorboard"]))
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, "
+    machine += torch.cuda.get_device_name() if model.device.type == "cuda" else "no GPU"
+    versions = {m.__name__: m.__version__ for m in (stable_baselines3, torch, np)}
+    facts = dict(args=vars(args), command=shlex.join(sys.argv), commit=commit(), machine=machine, versions=versions)
+    (run / "args.json").write_text(json.dumps(facts, indent=2))
+    print(f"run: {run}\n{args}")
+    model.learn(args.total_timesteps, callback=Protocol(args))
+    model.save(run / "model.zip")
+    return run
 
 
 if __name__ == "__main__":
-    sys.exit(main(tyro.cli(Args)))
+    train(tyro.cli(Args, description=__doc__))

@@ -1,57 +1,55 @@
-"""Hyperparameters of one script on one task by Optuna, each trial the script's own command line, as a Ray task.
+"""Hyperparameters of one script on one task by Optuna, each trial the script's own command line.
 
     python -m benchmark.tune runs/tuning --script meow --env-id Hopper-v4 --flags="--total-timesteps 50000" \\
         --space learning_rate=log:1e-4:1e-2 tau=log:1e-4:1e-2 clipped_double_q=bool --trials 30
 
-A trial's score is the mean of its last five evaluations. It is reported at every evaluation, and a
-trial below the median of the others at that step is stopped. The study is study.log in the folder; the same command
-goes on with it, and with the trials that were interrupted from their checkpoints. Prints the best flags as a command
+A trial's score is the mean of its last five evaluations. It is reported at every evaluation, and a trial below the
+median of the complete ones at that step is stopped. The study is study.log in the folder, with a folder for each trial;
+the same command continues it, and after Ctrl-C runs the interrupted trials again. Prints the best flags as a command
 line. The best score of many is too high an estimate of what its flags reach: train them again with other seeds.
-
-Runs on this machine's cores or on the cluster at RAY_ADDRESS, as benchmark.run does. Exit code: 0, 1 if no trial came
-to its end, 2 a mistake in the flags, 130 or 143 interrupted.
 """
 
 import dataclasses
-import fcntl
 import functools
+import os
 import shlex
 import signal
+import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import optuna
 import tyro
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
 
-from benchmark.grids import UserError, exit_code, script_of
-from benchmark.run import run_cell, run_folders, start_ray, stop_tasks, tail
-from benchmark.scores import LAST
+from benchmark import UserError, exit_code, scalars, script_of
+from benchmark.run import run_folders, tail
+
+LAST = 5  # evaluations behind a score
+KINDS = {
+    "log": lambda trial, name, low, high: f"{trial.suggest_float(name, float(low), float(high), log=True):.4g}",
+    "uniform": lambda trial, name, low, high: f"{trial.suggest_float(name, float(low), float(high)):.4g}",
+    "int": lambda trial, name, low, high: trial.suggest_int(name, int(low), int(high)),
+    "choice": lambda trial, name, values: trial.suggest_categorical(name, values.split(",")),
+    "bool": lambda trial, name: trial.suggest_categorical(name, [True, False]),
+}
 
 
 @dataclasses.dataclass
 class Args:
-    folder: tyro.conf.Positional[Path]
-    """folder of the study, its logs and runs"""
-    env_id: str
-    """task"""
-    space: tuple[str, ...]
-    """NAME=log:LOW:HIGH, uniform:LOW:HIGH, int:LOW:HIGH, choice:A,B,C or bool, for flags of the script"""
-    script: str = "meow"
-    """script, by path or by this project's word (meow-mixture)"""
-    flags: str = ""
-    """flags of every trial, in quotes: `--flags="--total-timesteps 50000"`"""
-    trials: int = 20
-    """trials of the study in all"""
-    seed: int = 1
-    """seed of each trial, and of the sampler"""
-    startup_trials: int = 5
-    """trials that come to their end before any is stopped early, and that are drawn at random"""
-    cpus: float = 1.0
-    """CPUs of a trial"""
-    gpus: float = 0.0
-    """share of a GPU for a trial; with 0 it sees none"""
+    folder: tyro.conf.Positional[Path]  # folder of the study, its logs and runs
+    env_id: str  # task
+    space: tuple[str, ...]  # flags: NAME=log:LOW:HIGH, uniform:LOW:HIGH, int:LOW:HIGH, choice:A,B,C or bool
+    script: str = "meow"  # script, by path or word (meow-mixture, sb3:ppo)
+    flags: str = ""  # flags of every trial, in quotes: `--flags="--total-timesteps 50000"`
+    trials: int = 20  # trials of the study in all
+    jobs: int = 2  # trials side by side, one thread each
+    seed: int = 1  # seed of each trial, and of the sampler
+    startup_trials: int = 5  # trials that run to their end before any is stopped early, and that are drawn at random
 
 
 def suggest(trial: optuna.Trial, space: tuple[str, ...]) -> list[str]:
@@ -60,151 +58,83 @@ def suggest(trial: optuna.Trial, space: tuple[str, ...]) -> list[str]:
     for entry in space:
         name, _, rest = entry.partition("=")
         kind, *bounds = rest.split(":")
-        flag = name.replace("_", "-")
         try:
-            if kind in ("log", "uniform"):
-                low, high = map(float, bounds)
-                flags.append(f"--{flag}={trial.suggest_float(name, low, high, log=kind == 'log'):.4g}")
-            elif kind == "int":
-                flags.append(f"--{flag}={trial.suggest_int(name, *map(int, bounds))}")
-            elif kind == "choice":
-                flags.append(f"--{flag}={trial.suggest_categorical(name, ':'.join(bounds).split(','))}")
-            elif kind == "bool":
-                flags.append(f"--{flag}" if trial.suggest_categorical(name, [True, False]) else f"--no-{flag}")
-            else:
-                raise ValueError("neither log, uniform, int, choice nor bool")
-        except (ValueError, TypeError) as e:
-            raise UserError(f"--space {entry}: {e}") from e
+            value = KINDS[kind](trial, name, *bounds)
+        except (ValueError, TypeError, LookupError) as e:
+            raise UserError(f"--space {entry}: expected {', '.join(KINDS)} with its bounds; {e}") from e
+        flag = name.replace("_", "-")
+        flags.append({True: f"--{flag}", False: f"--no-{flag}"}[value] if kind == "bool" else f"--{flag}={value}")
     return flags
 
 
-@functools.cache
-def events_of(run: Path) -> EventAccumulator:
-    return EventAccumulator(str(run))
-
-
-def scores(run: Path) -> dict[int, float]:
-    """Step -> mean of the last evaluations up to it."""
-    events = events_of(run).Reload()
-    has = "eval/episodic_return" in events.Tags()["scalars"]
-    curve = {e.step: e.value for e in events.Scalars("eval/episodic_return")} if has else {}
-    return {step: float(np.mean(list(curve.values())[: i + 1][-LAST:])) for i, step in enumerate(curve)}
-
-
 def open_study(args: Args) -> optuna.Study:
-    """The study in the folder, its interrupted trials queued again. Raises UserError if it is another."""
-    backend = optuna.storages.journal.JournalFileBackend(str(args.folder / "study.log"))
-    study = optuna.create_study(
-        storage=optuna.storages.JournalStorage(backend),
-        study_name="study",
-        load_if_exists=True,
-        direction="maximize",
-        sampler=optuna.samplers.TPESampler(seed=args.seed, n_startup_trials=args.startup_trials),
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=args.startup_trials),
-    )
-    what = {key: getattr(args, key) for key in ("script", "env_id", "flags", "seed")}
-    what["space"] = list(args.space)
-    for key, value in study.user_attrs.items():
-        if what[key] != value:
-            raise UserError(f"{args.folder} has a study with {key} {value}, not {what[key]}")
-    for key, value in what.items():
-        study.set_user_attr(key, value)
-    for trial in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
-        study.enqueue_trial(trial.params, user_attrs={"cell": trial.user_attrs.get("cell", f"trial-{trial.number}")})
-        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+    """The study in the folder. Raises UserError if it is another."""
+    options = dict(sampler=optuna.samplers.TPESampler(seed=args.seed, n_startup_trials=args.startup_trials))
+    options |= dict(pruner=optuna.pruners.MedianPruner(n_startup_trials=args.startup_trials), direction="maximize")
+    options |= dict(storage=JournalStorage(JournalFileBackend(str(args.folder / "study.log"))), study_name="study")
+    study = optuna.create_study(load_if_exists=True, **options)
+    asked = [args.script, args.env_id, args.flags, str(args.seed), *args.space]
+    if (had := study.user_attrs.get("asked", asked)) != asked:
+        raise UserError(f"{args.folder} has another study, of {' '.join(had)}")
+    study.set_user_attr("asked", asked)
     return study
 
 
-def search(study: optuna.Study, args: Args, script: Path) -> None:
-    """Run trials until there are as many as asked for. Whatever stops it, their scripts are stopped first."""
-    ray = start_ray()
-    states, running, failed = optuna.trial.TrialState, {}, []
-    task = ray.remote(run_cell).options(num_cpus=args.cpus, num_gpus=args.gpus, max_retries=0)
-    has, needs = ray.cluster_resources(), {"CPU": args.cpus, "GPU": args.gpus}
-    places = min(int(has.get(kind, 0) / share) for kind, share in needs.items() if share)
-    if not places:
-        raise UserError(f"--cpus {args.cpus} --gpus {args.gpus}: more than Ray has")
-
-    def wanted() -> int:
-        ended = study.get_trials(deepcopy=False, states=[states.COMPLETE, states.PRUNED])
-        return args.trials - len(ended) - len(failed) - len(running)
-
-    def begin() -> None:
-        trial = study.ask()
-        trial.set_user_attr("cell", trial.user_attrs.get("cell", f"trial-{trial.number}"))
-        trial.set_user_attr("flags", shlex.join(suggest(trial, args.space)))
-        cell = dict(name=trial.user_attrs["cell"], script=str(script), env_id=args.env_id, variant="", seed=args.seed)
-        cell |= dict(flags=shlex.split(f"{args.flags} {trial.user_attrs['flags']}"))
-        running[task.remote(args.folder, cell, args.cpus, args.gpus)] = trial
-
-    def report(trial: optuna.Trial) -> dict[int, float]:
-        runs = run_folders(args.folder / trial.user_attrs["cell"])
-        found = scores(runs[0]) if runs else {}
-        for step in sorted(found.keys() - study.trials[trial.number].intermediate_values.keys()):
-            trial.report(found[step], step)
-        return found
-
-    def end(trial: optuna.Trial, found: dict[int, float], state: optuna.trial.TrialState, code: int | str = 0) -> None:
-        study.tell(trial, found[max(found)] if state == states.COMPLETE else None, state)
-        at = f"{found[max(found)]:.2f} at step {max(found)}" if found else "no evaluation"
-        print(f"trial {trial.number} {state.name.lower()}: {at}, {trial.user_attrs['flags']}", flush=True)
-        if state == states.FAIL:
-            failed.append(trial)
-            log = args.folder / trial.user_attrs["cell"] / "log.txt"
-            print("\n".join([f"    exit code {code}, end of {log}:", *tail(log).splitlines()[-5:]]), flush=True)
-
+def run_trial(trial: optuna.Trial, args: Args, interrupted: threading.Event) -> float:
+    """Start the script, report its scores, stop it where the pruner or the user says so. Returns the last score."""
+    here = args.folder / f"trial-{trial.number}"
+    here.mkdir()
+    (path, own), flags = script_of(args.script), suggest(trial, args.space)
+    trial.set_user_attr("flags", shlex.join(flags))
+    command = [sys.executable, path, "--env-id", args.env_id, "--seed", str(args.seed), *own, *shlex.split(args.flags)]
+    with open(here / "log.txt", "w") as log:
+        options = dict(stdout=log, stderr=log, start_new_session=True)  # Ctrl-C reaches it through this process alone
+        process = subprocess.Popen([*command, *flags], cwd=here, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+    curve, ended = {}, False
     try:
-        while running or wanted() > 0:
-            while len(running) < places and wanted() > 0:
-                begin()
-            for done in ray.wait(list(running), timeout=1.0)[0]:
-                trial = running.pop(done)
-                try:
-                    code = ray.get(done)["exit"]
-                except ray.exceptions.RayError as e:  # the worker died, or could not write
-                    code = str(e).strip().splitlines()[-1]
-                found = report(trial)
-                end(trial, found, states.COMPLETE if code == 0 and found else states.FAIL, code)
-            for ref, trial in list(running.items()):
-                found = report(trial)
-                if found and trial.should_prune():
-                    stop_tasks(ray, [ref])
-                    end(running.pop(ref), found, states.PRUNED)
+        while not ended:
+            ended = interrupted.wait(0.5) or process.poll() is not None
+            for event in [e for run in run_folders(here) for e in scalars(run, "eval/episodic_return")][len(curve) :]:
+                curve[event.step] = event.value
+                trial.report(float(np.mean([*curve.values()][-LAST:])), event.step)
+                if trial.should_prune():
+                    raise optuna.TrialPruned
     finally:
-        stop_tasks(ray, list(running))
-        ray.shutdown()
+        process.terminate()
+        code = process.wait()
+    if interrupted.is_set():
+        trial.study.enqueue_trial(trial.params)  # for the next call
+        trial.study.stop()
+    if code or not curve:
+        raise RuntimeError(f"exit code {code}, end of {here}/log.txt:\n{tail(here / 'log.txt', 500)}")
+    return float(np.mean([*curve.values()][-LAST:]))
 
 
 def main(args: Args) -> int:
     """Returns the exit code. Raises UserError."""
-    script = script_of(args.script)
-    if min(args.trials, args.cpus) <= 0 or min(args.gpus, args.startup_trials) < 0:
-        raise UserError("--trials and --cpus must be positive, --gpus and --startup-trials not negative")
+    if min(args.trials, args.jobs) <= 0 or args.startup_trials < 0:
+        raise UserError("--trials and --jobs must be positive, --startup-trials not negative")
+    path, own = script_of(args.script)
     suggest(optuna.create_study().ask(), args.space)  # a mistake is found before anything is written
     args.folder = args.folder.resolve()
     args.folder.mkdir(parents=True, exist_ok=True)
-    with open(args.folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            study = open_study(args)
-            search(study, args, script)
-        except BlockingIOError as e:
-            raise UserError(f"another benchmark.tune works on {args.folder}") from e
-        except KeyboardInterrupt as e:
-            print(f"interrupted; the same command goes on with {args.folder}")
-            return 128 + (e.args[0] if e.args else signal.SIGINT)
+    study, interrupted = open_study(args), threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: interrupted.set())
+    left = args.trials - len(study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED)))
+    objective = functools.partial(run_trial, args=args, interrupted=interrupted)
+    study.optimize(objective, max(left, 0), n_jobs=args.jobs, catch=(RuntimeError,))
     study.trials_dataframe().to_csv(args.folder / "trials.csv", index=False)
-    complete = study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
-    print(f"{len(complete)} trials came to their end, of {len(study.trials)}; all are in {args.folder}/trials.csv")
-    if not complete:
-        return 1
-    best = study.best_trial
-    print(f"best: trial {best.number}, {best.value:.2f}. To be trained again with other seeds:")
-    command = ["python", str(script), "--env-id", args.env_id, *shlex.split(args.flags)]
-    print(shlex.join(command + shlex.split(best.user_attrs["flags"])))
-    return 0
+    if interrupted.is_set():
+        print(f"interrupted; the same command continues {args.folder}")
+        return 130
+    if complete := study.get_trials(states=(TrialState.COMPLETE,)):
+        best = study.best_trial
+        print(f"best of {len(complete)} complete trials: {best.number}, {best.value:.2f}. Train it with other seeds:")
+        command = ["python", str(path), *own, "--env-id", args.env_id, *shlex.split(args.flags)]
+        print(shlex.join(command + shlex.split(best.user_attrs["flags"])))
+    return int(not complete)
 
 
 if __name__ == "__main__":
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     sys.exit(exit_code(main, Args, __doc__))

@@ -9,7 +9,6 @@ import json
 import os
 import shlex
 import signal
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -25,19 +24,12 @@ parser.add_argument("--exp-name", default="fake_script")
 parser.add_argument("--total-timesteps", type=int, default=100)
 parser.add_argument("--level", type=float, default=0.0)
 parser.add_argument("--seconds", type=float, default=0.0, help="of a step")
-parser.add_argument("--hold", action="store_true", help="wait at half, while below the others' median level")
 parser.add_argument("--resume")
 
 
 def scalar(writer, tag: str, value: float, step: int) -> None:
     summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
     writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
-
-
-def others(total: int) -> list[float]:
-    """Levels of the runs beside this cell that have come to their end."""
-    ended = [path.parent for path in Path("..").glob("*/runs/*/steps.txt") if path.read_text().endswith(f"\n{total}\n")]
-    return [json.loads((run / "args.json").read_text())["args"]["level"] for run in ended]
 
 
 def stop(number, frame):
@@ -71,8 +63,5 @@ for step in range(begun + 10, args.total_timesteps + 10, 10):
     (run / "checkpoint.tmp").replace(run / "checkpoint.pt")
     bar = f"\r {step / args.total_timesteps:.0%}|## | {step}/{args.total_timesteps} [00:01<00:01]"
     print(bar, end="", file=sys.stderr)
-    if args.hold and step == args.total_timesteps // 20 * 10 and (levels := others(args.total_timesteps)):
-        while args.level < statistics.median(levels):  # until it is stopped
-            time.sleep(0.1)
     if args.env_id == "Crash-v0" and step >= args.total_timesteps / 2:
         raise FloatingPointError(f"the loss is not finite at step {step}")

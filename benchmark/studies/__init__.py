@@ -1,0 +1,1 @@
+"""Answers to one question each: python -m benchmark.studies.NAME."""
