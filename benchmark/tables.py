@@ -7,7 +7,6 @@ each NAME in CURVES. A score is the mean of a run's last five evaluations up to 
 the mean over the seeds; "paper" is the mean of the paper's curve at these steps.
 """
 
-import csv
 import math
 import re
 from collections import defaultdict
@@ -16,7 +15,8 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import norm, t
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmark import ROOT, colors, markdown, panels, read_csv, save_picture
+
 TASKS = ("Hopper", "HalfCheetah", "Walker2d", "Ant", "Humanoid")
 MEOW, SAC = ("MEow", "hopper_meow", "", "MEow"), ("SAC", "hopper_sac", "", "")  # method, CSV, words, paper's curve
 LRS = ("mean of V₁', V₂'", "ablation_hopper", "--no-clipped", "MEow LRS only")
@@ -32,8 +32,7 @@ for x in ("Pendulum-v1", "Hopper-v4"):
 
 def read(*names: str, folder: str = "results", **wanted: list[str]) -> list[dict]:
     """Rows of the CSVs, none of one that is not there, whose columns have one of the wanted values."""
-    paths = (path for name in names if (path := ROOT / f"benchmark/{folder}/{name}.csv").exists())
-    rows = (row for path in paths for row in csv.DictReader(path.read_text().splitlines()))
+    rows = (row for name in names for row in read_csv(ROOT / f"benchmark/{folder}/{name}.csv"))
     return [row for row in rows if all(row[column] in values for column, values in wanted.items())]
 
 
@@ -42,11 +41,6 @@ def groups(rows: list[dict], columns: str) -> dict[tuple, list[dict]]:
     for row in rows:
         found[tuple(row[column] for column in columns.split())].append(row)
     return found
-
-
-def markdown(rows: list[dict]) -> str:
-    body = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in body)
 
 
 def mean(rows: list[dict], column: str, digits: int) -> str:
@@ -142,34 +136,35 @@ def tables() -> dict[str, str]:
     found["speed_eager"] = table(read("speed_eager"), "implementation", "update_ms:2", "mode")
     rows = read("speed_growth", num_seeds=one, implementation=["MEow"])
     found["speed_growth"] = table(rows, "batch_size num_envs", timing)
+    rows = read("brax_ant", "brax_others", curve=["last checkpoint"])
+    found["brax"] = table(rows, "env_id algo step", "return:0 length:0 distance:1")
+    shares = " ".join(f"{part}_share:2" for part in ("policy", "simulator", "buffer", "update"))
+    found["brax_rates"] = table(read("brax_rates"), "algo num_envs", f"steps_per_s:0 updates_per_s:1 {shares}")
     return found | {"speed_h200": table(read("speed_h200", num_seeds=one), "implementation", timing)}
 
 
 def draw(name: str) -> None:
-    """A panel for each task, and the legend in the place of one more."""
-    import matplotlib.pyplot as plt
-
-    panels, legend = curves(name), {}
-    rows, columns = (1, len(panels) + 1) if len(panels) < 3 else (2, 3)
-    thousands = plt.FuncFormatter(lambda step, _: f"{step / 1000:g}")
-    figure = plt.figure(figsize=(4.2 * columns, 3.2 * rows), layout="constrained")
-    for k, (env_id, methods) in enumerate(panels.items()):
-        ax = figure.add_subplot(rows, columns, k + 1, title=env_id, xlabel="thousand steps", ylabel="return")
-        ax.xaxis.set_major_formatter(thousands)
+    """A panel for each task."""
+    found = curves(name)
+    columns = min(3, len(found))
+    figure, axes = panels(math.ceil(len(found) / columns), columns)
+    color = colors({f"{method}, mean of the seeds": 0 for methods in found.values() for method in methods})
+    for ax, (env_id, methods) in zip(axes.flat, found.items(), strict=False):
+        ax.set(title=env_id, xlabel="steps", ylabel="return")
         last = max(max(run) for runs, _ in methods.values() for run in runs)
-        for i, (method, (runs, paper)) in enumerate(methods.items()):
+        for method, (runs, paper) in methods.items():
+            label = f"{method}, mean of the seeds"
             for run in runs:
-                ax.plot(run.keys(), run.values(), color=f"C{i}", linewidth=0.5)
+                ax.plot(run.keys(), run.values(), color=color[label], linewidth=0.4)
             steps = sorted(set.intersection(*map(set, runs)))
-            means = [np.mean([run[step] for run in runs]) for step in steps]
-            legend[f"{method}: mean of the seeds"] = ax.plot(steps, means, color=f"C{i}", linewidth=2)[0]
+            ax.plot(steps, [np.mean([run[s] for run in runs]) for s in steps], color=color[label], lw=2, label=label)
             paper = {step: value for step, value in paper.items() if step <= 1.2 * last}
-            line = ax.plot(paper.keys(), paper.values(), color=f"C{i}", linestyle="--")[0]
-            legend |= {f"{method} in the paper": line} if paper else {}
-    ax = figure.add_subplot(rows, columns, len(panels) + 1, frame_on=False, xticks=[], yticks=[])
-    ax.legend(legend.values(), legend.keys(), loc="center left", title="thin lines: single seeds")
-    figure.savefig(ROOT / f"docs/{name}.png", dpi=100)
-    plt.close(figure)
+            named = f"{method} in the paper" if paper else None
+            ax.plot(paper.keys(), paper.values(), color=color[label], linestyle="--", label=named)
+        ax.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k")
+    for ax in axes.flat[len(found) :]:
+        ax.remove()
+    save_picture(figure, ROOT / f"docs/{name}.png")
 
 
 def pages() -> dict[Path, str]:
