@@ -328,7 +328,7 @@ def recorded(args: Args):
 
         def call() -> None:
             if (n := next(calls)) == 4:
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     function()
             if n >= 4:
                 return graph.replay()
@@ -348,7 +348,7 @@ def make_update(agent: MixtureMEow, buffer: ReplayBuffer, args: Args):
     params, target_params = flatten(agent), flatten(target)
     value_params = params[-len(target_params) :]  # V's are the last of the agent's
     metrics = torch.zeros(len(METRICS), device=params.device)
-    optimizer = torch.optim.Adam([params], args.learning_rate, fused=True, capturable=args.device == "cuda")
+    optimizer = torch.optim.Adam([params], args.learning_rate, fused=True, capturable=True)
 
     @compiled(args)
     def gradient(params: torch.Tensor, target_params: torch.Tensor, batch: Batch):
@@ -491,10 +491,10 @@ def train(args: Args) -> Path:
             if eval_due and global_step and "eval/episodic_return" not in events:
                 returns, lengths = evaluate(agent, eval_envs, args)
                 eval_return = float(returns.mean())
-                events |= {"eval/episodic_return": eval_return, "eval/episodic_length": float(lengths.mean())}
                 if eval_return > best_return:
-                    best_return = eval_return
                     save("best.pt")
+                    best_return = eval_return
+                events |= {"eval/episodic_return": eval_return, "eval/episodic_length": float(lengths.mean())}
                 start_step, start_time = global_step, time.time()  # of SPS, which leaves evaluations out
             for name, value in events.items():
                 writer.add_scalar(name, value, global_step)

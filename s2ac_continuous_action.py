@@ -340,7 +340,7 @@ def recorded(args: Args):
 
         def call() -> None:
             if (n := next(calls)) == 4:
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     function()
             if n >= 4:
                 return graph.replay()
@@ -360,7 +360,7 @@ def make_update(agent: S2AC, buffer: ReplayBuffer, args: Args):
     flat = {name: flatten(net) for name, net in agent.named_children()}  # (P,) of qf, and of initial and sampler
     q_params, target_params, device = flat["qf"], flatten(target), flat["qf"].device
     metrics = torch.zeros(len(METRICS), device=device)
-    options = dict(lr=args.learning_rate, fused=True, capturable=device.type == "cuda")
+    options = dict(lr=args.learning_rate, fused=True, capturable=True)
     optimizers = {f"{name}_optimizer": torch.optim.Adam([x], **options) for name, x in flat.items()}
 
     @compiled(args)
@@ -530,10 +530,10 @@ def train(args: Args) -> Path:
             if eval_due and global_step and "eval/episodic_return" not in events:
                 returns, lengths = evaluate(agent, eval_envs, args)
                 eval_return = float(returns.mean())
-                events |= {"eval/episodic_return": eval_return, "eval/episodic_length": float(lengths.mean())}
                 if eval_return > best_return:
-                    best_return = eval_return
                     save("best.pt")
+                    best_return = eval_return
+                events |= {"eval/episodic_return": eval_return, "eval/episodic_length": float(lengths.mean())}
                 start_step, start_time = global_step, time.time()  # of SPS, which leaves evaluations out
             for name, value in events.items():
                 writer.add_scalar(name, value, global_step)

@@ -323,7 +323,7 @@ def recorded(args: Args):
 
         def call() -> None:
             if (n := next(calls)) == 4:
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     function()
             if n >= 4:
                 return graph.replay()
@@ -345,7 +345,7 @@ def make_update(agent: SAC, buffer: ReplayBuffer, args: Args):
     log_alpha, updates, device = agent.log_alpha.detach(), itertools.count(), q_params.device
     metrics = torch.zeros(len(METRICS), device=device)
     obs = torch.zeros(args.batch_size, buffer.widths[0], device=device)  # of the last batch
-    adam = functools.partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
+    adam = functools.partial(torch.optim.Adam, fused=True, capturable=True)
     q_optimizer, actor_optimizer = adam([q_params], args.q_lr), adam([actor_params], args.policy_lr)
     alpha_optimizer = adam([log_alpha], args.q_lr)
 
@@ -524,10 +524,10 @@ def train(args: Args) -> Path:
             if eval_due and global_step and "eval/episodic_return" not in events:
                 returns, lengths = evaluate(agent, eval_envs, args)
                 eval_return = float(returns.mean())
-                events |= {"eval/episodic_return": eval_return, "eval/episodic_length": float(lengths.mean())}
                 if eval_return > best_return:
-                    best_return = eval_return
                     save("best.pt")
+                    best_return = eval_return
+                events |= {"eval/episodic_return": eval_return, "eval/episodic_length": float(lengths.mean())}
                 start_step, start_time = global_step, time.time()  # of SPS, which leaves evaluations out
             for name, value in events.items():
                 writer.add_scalar(name, value, global_step)

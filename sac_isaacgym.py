@@ -3,9 +3,9 @@
 Haarnoja, Zhou, Abbeel and Levine, "Soft Actor-Critic: Off-Policy Maximum Entropy Deep Reinforcement Learning with a
 Stochastic Actor", ICML 2018, https://arxiv.org/abs/1801.01290; automatic temperature: https://arxiv.org/abs/1812.05905
 
-    python sac_isaacgym.py --sim brax --env-id ant                      # CPU or GPU
-    python sac_isaacgym.py --sim isaacgymenvs --env-id Ant              # Isaac Gym; Python 3.8, GPU
-    python sac_isaacgym.py --sim isaaclab --env-id Isaac-Ant-v0         # Isaac Lab 3.0; GPU
+    python sac_isaacgym.py --sim brax --env-id ant                 # CPU or GPU
+    python sac_isaacgym.py --sim isaacgymenvs --env-id Ant         # Python 3.8, GPU; never met the simulator
+    python sac_isaacgym.py --sim isaaclab --env-id Isaac-Ant-v0    # Python 3.12, GPU; never met the simulator
 
 Networks and update are the same text as in sac_continuous_action.py. Observations, actions and replay buffer stay on
 the device, and observations are standardized. N: environments, B: batch, O: observation, D: action.
@@ -92,8 +92,7 @@ PRESETS = {  # the MEow paper's, for Isaac Gym; Isaac Lab's Isaac-Ant-v0 takes A
     "FrankaCabinet": dict(WIDE, alpha=0.1, tau=0.025),
     "brax/ant": dict(autotune=True, batch_size=256),
 }
-LIMITS = dict(gamma=(0, 1), tau=(0, 1), seed=(0, 2**31), learning_starts=(1, 1e12), log_sigma_min=(-20, 10))
-LIMITS.update(policy_frequency=(1, 1e6))  # every other number must be above 0
+LIMITS = dict(gamma=(0, 1), tau=(0, 1), seed=(0, 2**31), learning_starts=(1, 1e12), policy_frequency=(1, 1e6))
 EVAL_SEED = 10_000  # evaluation episodes start from the same states every time, where the simulator can
 Batch = collections.namedtuple("Batch", "obs actions rewards next_obs terminations")  # (B, O), D, 1, O, 1
 MAY_CHANGE = ("resume", "device", "compile", "total_timesteps", "capture_video", "track")
@@ -119,14 +118,16 @@ def parse_args(argv: list[str] | None = None) -> Args:
         require(type(value) not in (int, float) or low <= value <= high, f"{flag}: expected {low:g} to {high:g}")
         same = not first.resume or name in MAY_CHANGE or value == base[name]
         require(same, f"{flag}: expected {base.get(name)}, as in {first.resume}; leave it out or start a new run")
-    require(args.learning_starts < args.total_timesteps, "--learning-starts: expected less than --total-timesteps")
+    require(
+        args.evaluate or args.learning_starts < args.total_timesteps,
+        "--learning-starts: expected less than --total-timesteps",
+    )
     require(getattr(args, "log_sigma_min", 0) < getattr(args, "log_sigma_max", 1), "--log-sigma-min: above the maximum")
-    require(args.num_envs <= args.buffer_size, "--num-envs: expected at most --buffer-size")
+    require(args.evaluate or args.num_envs <= args.buffer_size, "--num-envs: expected at most --buffer-size")
     require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: PyTorch sees no GPU; use --device cpu")
     args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    compiler = args.device == "cuda" or shutil.which(os.environ.get("CXX", "g++"))
-    compiler = compiler and hasattr(torch.compiler, "keep_tensor_guards_unsafe")  # Python 3.8's PyTorch has it not
-    require(args.compile != "on" or compiler, "--compile on: needs PyTorch 2.8 and, on a CPU, g++ or CXX set")
+    compiler = sys.version_info >= (3, 10) and (args.device == "cuda" or shutil.which(os.environ.get("CXX", "g++")))
+    require(args.compile != "on" or compiler, "--compile on: needs Python 3.10 and, on a CPU, g++ or CXX set")
     updates = args.updates_per_step * (args.total_timesteps - args.learning_starts) / args.num_envs
     args.compile = ("on" if compiler and updates > 5_000 else "off") if args.compile == "auto" else args.compile
     return args
@@ -144,7 +145,7 @@ class Standardizer(nn.Module):
         self.sums += torch.stack([torch.ones_like(x), x, x.square()]).sum(1)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        mean, mean_square = self.sums[1:] / self.sums[0]  # (O,) each
+        mean, mean_square = self.sums[1:] / self.sums[0].clamp(min=1)  # (O,) each
         std = (mean_square - mean.square()).clamp(min=1e-8).sqrt()
         return ((obs - mean.to(obs)) / std.to(obs)).clamp(-5, 5)
 
@@ -314,7 +315,7 @@ def recorded(args: Args):
 
         def call() -> None:
             if (n := next(calls)) == 4:
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     function()
             if n >= 4:
                 return graph.replay()
@@ -336,7 +337,7 @@ def make_update(agent: SAC, buffer: ReplayBuffer, args: Args):
     log_alpha, updates, device = agent.log_alpha.detach(), itertools.count(), q_params.device
     metrics = torch.zeros(len(METRICS), device=device)
     obs = torch.zeros(args.batch_size, buffer.widths[0], device=device)  # of the last batch
-    adam = functools.partial(torch.optim.Adam, fused=True, capturable=device.type == "cuda")
+    adam = functools.partial(torch.optim.Adam, fused=True, capturable=True)
     q_optimizer, actor_optimizer = adam([q_params], args.q_lr), adam([actor_params], args.policy_lr)
     alpha_optimizer = adam([log_alpha], args.q_lr)
 
@@ -406,8 +407,8 @@ def make_update(agent: SAC, buffer: ReplayBuffer, args: Args):
 @torch.no_grad()
 def evaluate(agent: nn.Module, sim, args: Args, video: Path | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns (N,) and lengths (N,) of one episode in each environment; an mp4 of the first one if there is a path."""
+    torch.manual_seed(EVAL_SEED)  # from which a simulator may draw, too
     sim.reset(EVAL_SEED)
-    torch.manual_seed(EVAL_SEED)
     returns, lengths = torch.zeros(2, sim.num_envs, device=args.device)
     active, frames = torch.ones_like(returns), []
     for step in itertools.count(1):
@@ -483,9 +484,8 @@ def train(args: Args) -> Path:
         wandb.init(name=run_dir.name, id=run_dir.name[-128:], resume="allow", config=vars(args), sync_tensorboard=True)
     writer = SummaryWriter(str(run_dir), purge_step=global_step if saved else None)
     capacity, sizes = min(args.buffer_size, args.total_timesteps + args.num_envs), (sim.obs_dim, sim.action_dim)
-    agent = Agent(*sizes, args)
-    agent.standardizer = Standardizer(sim.obs_dim)
-    agent.to(args.device)
+    agent = Agent(*sizes, args).to(args.device)
+    agent.standardizer = Standardizer(sim.obs_dim).to(args.device)
     buffer = ReplayBuffer(run_dir / "buffer.bin", capacity, agent, sizes, args.device, added)
     update, metrics, learner = make_update(agent, buffer, args)
     for name, part in learner.items() if saved else ():  # all but the simulator: new episodes begin
@@ -526,13 +526,14 @@ def train(args: Args) -> Path:
             eval_due = end or global_step % args.eval_frequency < args.num_envs
             if eval_due:
                 save("checkpoint.pt")  # before the evaluation, in which the simulator may fail
+                require(np.isfinite(metrics.tolist()).all(), f"step {global_step}: a loss is not finite")
             if eval_due and global_step and "eval/episodic_return" not in events:
                 video = run_dir / f"video-{global_step}.mp4" if args.capture_video else None
                 eval_return, length = (x.mean().item() for x in evaluate(agent, sim, args, video))
-                events.update({"eval/episodic_return": eval_return, "eval/episodic_length": length})
                 if eval_return > best_return:
-                    best_return = eval_return
                     save("best.pt")
+                    best_return = eval_return
+                events.update({"eval/episodic_return": eval_return, "eval/episodic_length": length})
                 sim.reset()  # the episodes that the evaluation cut off are over
                 returns.zero_(), lengths.zero_()
                 start_step, start_time = global_step, time.time()  # of SPS, which leaves evaluations out
@@ -561,10 +562,9 @@ def train(args: Args) -> Path:
                 policy = torch.no_grad()(agent.policy_metrics)(buffer.sample(args.batch_size).obs)
                 events.update({f"losses/{name}": value for name, value in zip(METRICS, values)})
                 events.update({f"policy/{name}": x.item() for name, x in policy.items()})
-                total_return, total_length, episodes = ended.tolist()
-                if episodes:
-                    last_return, events["charts/episodic_length"] = total_return / episodes, total_length / episodes
-                    events["charts/episodic_return"] = last_return
+                last_return, length, any_ended = (ended / ended[2].clamp(min=1)).tolist()
+                if any_ended:
+                    events.update({"charts/episodic_return": last_return, "charts/episodic_length": length})
                 ended.zero_()
                 events["charts/SPS"] = (global_step - start_step) / (time.time() - start_time)
                 bar.set_postfix(episode=last_return, evaluation=eval_return, SPS=events["charts/SPS"], refresh=False)
@@ -576,10 +576,11 @@ def train(args: Args) -> Path:
         raise SystemExit(130) if isinstance(e, KeyboardInterrupt) else e from e.__cause__
     save("checkpoint.pt")
     (run_dir / "buffer.bin").unlink()
-    [each.close() for each in (bar, writer, sim)]
+    [each.close() for each in (bar, writer)]
     if args.track:
         wandb.finish()
-    print(f"best evaluation return {best_return:.1f}; checkpoints in {run_dir}")
+    print(f"best evaluation return {best_return:.1f}; checkpoints in {run_dir}", flush=True)
+    sim.close()  # Isaac Lab may end the process here
     return run_dir
 
 

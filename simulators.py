@@ -3,18 +3,18 @@
     import simulators                                          # before torch, as Isaac Gym demands it
     sim = simulators.make("brax", "ant", num_envs=64, seed=1, device="cpu")
 
-N environments, O observation, D action; all tensors are on the device, and the next step leaves them alone.
+N environments, O observation, D action. All tensors are on the device and are not overwritten by the next step.
 
     sim.num_envs, sim.obs_dim, sim.action_dim   N, O, D
-    sim.reset(seed)   begins an episode in every environment, the same ones for a seed where the simulator can
+    sim.reset(seed)   begins an episode in every environment; on brax the same ones for the same seed
     sim.obs           (N, O), what to act on next
     sim.step(actions) actions (N, D) in [-1, 1] -> obs (N, O), reward (N,) float, terminated, truncated, valid (N,) bool
     sim.render()      a picture (H, W, 3) of the first environment
     sim.close()
 
 `obs` follows the action: where an episode ended it is the true last observation, while sim.obs belongs to the next
-episode. An environment is never terminated and truncated at once. `valid` is false for a step that was none of the
-task, since it reset the environment: it must not be learned from.
+episode. An environment is never terminated and truncated at once. `valid` is false for a step that
+the simulator spent on a reset: it is no transition, must not be learned from, and has reward 0.
 """
 
 from __future__ import annotations  # Isaac Gym needs Python 3.8
@@ -78,7 +78,7 @@ class IsaacGymEnvs:
         self.obs = obs["obs"].clone()
         self.done = reset.bool()
         truncated = self.done & infos["time_outs"].bool()
-        return self.obs, reward.clone(), self.done & ~truncated, truncated, valid
+        return self.obs, torch.where(valid, reward, torch.zeros_like(reward)), self.done & ~truncated, truncated, valid
 
     def render(self) -> np.ndarray:
         return self.env.render(mode="rgb_array")
@@ -109,7 +109,7 @@ class IsaacLab:
         self.num_envs, (self.obs_dim, self.action_dim) = num_envs, (math.prod(space.shape) for space in spaces)
 
     def reset(self, seed: int | None = None) -> None:
-        self.obs = self.env.reset()[0]["policy"].clone()
+        self.obs = self.env.reset(seed=seed)[0]["policy"].clone()
 
     def step(self, actions: torch.Tensor):
         obs, reward, terminated, truncated, extras = self.env.step(actions.clamp(-1, 1))
@@ -193,9 +193,9 @@ class Brax:
             return self.jax.device_put(self.jax.random.PRNGKey(seed), self.jax_device)
 
     def reset(self, seed: int | None = None) -> None:
-        key = self.key if seed is None else self.make_key(seed)
-        self.state, self.ages, key = self.first(key)
-        self.key = key if seed is None else self.key
+        self.state, self.ages, key = self.first(self.key if seed is None else self.make_key(seed))
+        if seed is None:
+            self.key = key
         self.obs = torch.from_dlpack(self.state.obs)
 
     def step(self, actions: torch.Tensor):
@@ -228,10 +228,13 @@ def make(
         else:
             made = (IsaacGymEnvs if sim == "isaacgymenvs" else IsaacLab)(env_id, num_envs, seed, device, render)
     except ImportError as e:
-        raise ImportError(f"{str(e).splitlines()[0]}; to install it: {INSTALL[sim]}") from e
+        raise ImportError(f"{' '.join(str(e).split()) or 'it is missing'}; to install it: {INSTALL[sim]}") from e
     made.reset()
     try:
-        _ = render and made.render()
+        if render:
+            import imageio  # noqa: F401  for write_video
+
+            made.render()
     except Exception as e:  # each renderer raises its own
         hint = "brax needs libegl1 and MUJOCO_GL=egl, isaacgymenvs a display"
         raise ValueError(f"cannot draw a picture here ({type(e).__name__}: {e}); {hint}") from e

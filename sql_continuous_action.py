@@ -314,7 +314,7 @@ def recorded(args: Args):
 
         def call() -> None:
             if (n := next(calls)) == 4:
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                     function()
             if n >= 4:
                 return graph.replay()
@@ -333,7 +333,7 @@ def make_update(agent: SQL, buffer: ReplayBuffer, args: Args):
     target = copy.deepcopy(agent.qf).requires_grad_(False)  # Q'
     q_params, target_params, sampler_params = flatten(agent.qf), flatten(target), flatten(agent.sampler)
     metrics, device = torch.zeros(len(METRICS), device=q_params.device), q_params.device
-    adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=device.type == "cuda")
+    adam = functools.partial(torch.optim.Adam, lr=args.learning_rate, fused=True, capturable=True)
     q_optimizer, sampler_optimizer = adam([q_params]), adam([sampler_params])
 
     @compiled(args)
@@ -490,10 +490,10 @@ def train(args: Args) -> Path:
             if eval_due and global_step and "eval/episodic_return" not in events:
                 returns, lengths = evaluate(agent, eval_envs, args)
                 eval_return = float(returns.mean())
-                events |= {"eval/episodic_return": eval_return, "eval/episodic_length": float(lengths.mean())}
                 if eval_return > best_return:
-                    best_return = eval_return
                     save("best.pt")
+                    best_return = eval_return
+                events |= {"eval/episodic_return": eval_return, "eval/episodic_length": float(lengths.mean())}
                 start_step, start_time = global_step, time.time()  # of SPS, which leaves evaluations out
             for name, value in events.items():
                 writer.add_scalar(name, value, global_step)

@@ -10,7 +10,8 @@ shares of policy, simulator, buffer and update. Leave the machine's other cores 
     python -m benchmark.parallel --runs runs/ant__* --csv benchmark/results/brax_ant.csv
 
 writes the curves of finished brax runs instead: return and length of the training episodes and of the evaluations, and
-of the last checkpoint, played once more, the distance walked: x at the end of an episode minus x at its start, in m.
+of the last checkpoint, played once more, the distance walked: x after the last step of an episode minus x after its
+first, in m.
 """
 
 import dataclasses
@@ -41,8 +42,8 @@ PARTS = ("policy", "simulator", "buffer", "update")
 class Args:
     csv: Path
     """table to write"""
-    sim: Literal["brax", "isaacgymenvs", "isaaclab"] = "brax"
-    """simulator; isaacgymenvs makes one simulation a process, so one number of environments"""
+    sim: Literal["brax", "isaaclab"] = "brax"
+    """simulator"""
     env_id: str = "ant"
     """task"""
     brax_backend: str = "mjx"
@@ -125,13 +126,17 @@ def measure(args: Args, num_envs: int) -> list[dict]:
     return rows
 
 
+def algorithm(run: Path) -> str:
+    return torch.load(run / "checkpoint.pt", weights_only=True)["algorithm"].removesuffix("_isaacgym")
+
+
 @torch.no_grad()
 def walk(run: Path) -> dict[str, float]:
     """Return, length and distance (m) of the last checkpoint: means over an episode in each environment, with the
     deterministic action, from the starts of the evaluations."""
-    name = json.loads((run / "args.json").read_text())["args"]["exp_name"].removesuffix("_isaacgym")
-    script = SCRIPTS[name]
+    script = SCRIPTS[algorithm(run)]
     agent, args = script.load_agent(run / "checkpoint.pt")
+    args.capture_video = False
     sim = script.make_sim(args, 1)
     sim.reset(script.EVAL_SEED)
     returns, lengths, start, end = np.zeros((4, args.num_envs))
@@ -152,7 +157,7 @@ def curves(run: Path) -> list[dict]:
     events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     facts = json.loads((run / "args.json").read_text())
     args = facts["args"]
-    about = dict(env_id=args["env_id"], algo=args["exp_name"].removesuffix("_isaacgym"), seed=args["seed"])
+    about = dict(env_id=args["env_id"], algo=algorithm(run), seed=args["seed"])
     about |= {key: facts[key] for key in ("machine", "commit", "command")}
     begin, rows = events.Scalars("losses/qf_loss")[0].wall_time, []
     for kind in ("charts", "eval"):

@@ -129,22 +129,29 @@ def test_stopped_while_it_compiles(tmp_path):
     assert step_of(MEOW, tmp_path / "x") >= 100
 
 
-def test_stopped_while_it_saves(tmp_path, monkeypatch):
-    """In the second checkpoint."""
-    opened = []
+@pytest.mark.parametrize("name", ["checkpoint", "best"])
+def test_stopped_while_it_saves(tmp_path, monkeypatch, name):
+    """In the second checkpoint, which leaves the first, or in the first best.pt, which is written after the resume."""
+    opened, stopped = [], []
 
     class File(io.FileIO):
         def write(self, data) -> int:
             written = super().write(data)
-            if len(opened) == 2:
+            if not stopped and [path.stem for path, _ in opened].count(name) == (2 if name == "checkpoint" else 1):
+                stopped.append(len(opened))
                 signal.raise_signal(signal.SIGTERM)
             return written
 
     monkeypatch.setattr(meow, "open", lambda *args: opened.append(args) or File(*args), raising=False)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        meow.train(meow.parse_args(flags(MEOW, total_timesteps=200, checkpoint_frequency=50)))
-    assert stop.value.code == 143 and len(opened) == 3 and step_of(MEOW, tmp_path) == 50
+        meow.train(meow.parse_args(flags(MEOW, total_timesteps=200, checkpoint_frequency=50, eval_frequency=150)))
+    folder = folder_of(tmp_path)
+    assert stop.value.code == 143 and len(opened) == stopped[0] + 1 and not (folder / "best.pt").exists()
+    assert step_of(MEOW, tmp_path) == (50 if name == "checkpoint" else 150)
+    meow.train(meow.parse_args(["--resume", str(folder), "--device=cpu", "--compile=off"]))
+    assert meow.load_checkpoint(folder / "best.pt")["run"][0] in (150, 200)
+    assert [step for step, _ in scalars(folder)["eval/episodic_return"]] == [150, 200]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

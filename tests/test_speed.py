@@ -54,6 +54,14 @@ def test_parameters_begin_at_multiples_of_16_bytes_and_keep_their_values(learner
 
 
 @each_script
+def test_optimizers_saved_on_a_cpu_can_be_recorded_on_a_gpu(learner, script):
+    """load_state_dict takes the flag from the file, and a CUDA graph needs it."""
+    *_, parts = learner(script)
+    groups = [group for part in parts.values() for group in part.state_dict().get("param_groups", ())]
+    assert groups and all(group["capturable"] for group in groups)
+
+
+@each_script
 def test_every_update_draws_fresh_noise(learner, script):
     """On one transition, so that the batch is always the same: only the noise differs."""
     ends = []
