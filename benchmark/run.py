@@ -31,16 +31,12 @@ import pandas as pd
 import tomllib
 import tyro
 
-from benchmark import NAMES, ROOT, UserError, exit_code, scalars, script_of, word_of
+from benchmark import NAMES, ROOT, UserError, exit_code, scalars, script_of
 
 PRESETS = tomllib.loads((ROOT / "benchmark" / "presets.toml").read_text())
 STEPS = PRESETS.pop("steps")
 # Steps a second of so many MEow processes together on Hopper-v4 that share one H200 through MPS (docs/speed.md)
 GPU_RATES, WITHOUT_MPS = {1: 1457, 5: 4043, 15: 7977}, 1_600
-MPS_NOTE = (
-    "CUDA MPS does not run here, so the processes on a GPU take turns: 15 on one H200 make 1,600 steps/s together "
-    "without it and 8,000 with it. To start it, before the grid: nvidia-cuda-mps-control -d"
-)
 
 
 @dataclasses.dataclass
@@ -76,7 +72,7 @@ def grid(args: Args) -> dict[str, dict]:
             name = re.sub(r"[^\w.-]", "_", "__".join(filter(None, (stem, env_id, label, f"seed{seed}"))))
             flags = [*own, *shlex.split(f"{block['flags']} {args.flags} {variant and f'--{variant}'}")]
             flags += ["--exp-name", f"{stem}.{label}"] if label else []
-            cell = dict(name=name, script=str(path), env_id=env_id, seed=seed, flags=flags)
+            cell = dict(name=name, word=script, script=str(path), env_id=env_id, seed=seed, flags=flags)
             cells = merge(cells, {name: cell | dict(state="waiting")})
     return cells
 
@@ -95,13 +91,6 @@ def steps(cell: dict) -> int:
     return int(given[-1]) if given else STEPS.get(re.sub("-v5$", "-v4", cell["env_id"]), 10**6)
 
 
-def name_of(cell: dict) -> str:
-    """MEow, SB3 PPO, ..."""
-    word = word_of(cell["script"])
-    word = f"sb3:{cell['flags'][1]}" if word == "sb3" else word
-    return NAMES.get(word, word)
-
-
 def measured() -> dict[tuple[str, str], float]:
     """(implementation, task) -> its steps a second on one CPU thread: medians of committed tables, the fastest."""
     rows = pd.concat(map(pd.read_csv, (ROOT / "benchmark" / "results").glob("speed*.csv")))
@@ -115,7 +104,7 @@ def estimate(cells: list[dict], args: Args) -> str:
     """What the cells cost on CPUs and on a GPU, by measured speeds."""
     rates, used, hours, total = measured(), {}, 0.0, sum(map(steps, cells))
     for cell in cells:
-        name, env_id = name_of(cell), re.sub("-v5$", "-v4", cell["env_id"])
+        name, env_id = NAMES.get(cell["word"], cell["word"]), re.sub("-v5$", "-v4", cell["env_id"])
         likely = itertools.product((name, "SB3 SAC" if "SB3" in name else "MEow"), (env_id, "Hopper-v4"))
         like = next((key for key in likely if key in rates), None)
         rate = rates.get(like, 150.0)
@@ -292,7 +281,10 @@ def main(args: Args) -> int:
     print(f"{estimate(left, args)}\ndone before: {len(cells) - len(left)}", flush=True)
     pipes = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
     if 0 < args.gpu_fraction < 1 and not (pipes / "control").exists():
-        print(MPS_NOTE, flush=True)
+        print(
+            "CUDA MPS does not run here: processes take turns on a GPU (15 on one H200 make 1,600 steps/s without it,"
+        )
+        print("8,000 with it). To start it, before the grid: nvidia-cuda-mps-control -d", flush=True)
     if args.dry_run:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` closes the pipe
         print("\n".join(f"{cell['state']:12}{cell['name']} {shlex.join(cell['flags'])}" for cell in cells.values()))

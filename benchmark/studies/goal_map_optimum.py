@@ -59,7 +59,7 @@ def measure(run: Path, csv: Path, episodes: int) -> dict:
     """A row of the CSV. In a process of its own: for a density it changes the script's module."""
     facts, key = json.loads((run / "args.json").read_text()), key_of(run)
     if density := re.search(r"--density[ =](\S+)", facts["command"]):
-        script, script.Agent = densities.DENSITIES[density[1]]
+        densities.mixture.Agent = densities.DENSITIES[density[1]]
     agent, trained = multigoal.load_policy(run / "checkpoint.pt")
     env, states = gym.make(trained.env_id), torch.tensor(multigoal.STATES[trained.env_id], dtype=torch.float32)
     measured = multigoal.measure(agent, trained, env, episodes)
