@@ -98,9 +98,8 @@ def rows_of(path: Path) -> pd.DataFrame:
         return frame[COLUMNS].assign(source=f"{path}, commit " + frame["commit"].astype(str))
     if not (folders := folders_of(path)):
         raise UserError(f"{path}: no CSV, no grid and no run in it")
-    return pd.DataFrame(
-        [row | dict(source=str(run)) for run in folders for row in curve(run)], columns=[*COLUMNS, "source"]
-    )
+    rows = [row | dict(source=str(run)) for run in folders for row in curve(run)]
+    return pd.DataFrame(rows, columns=[*COLUMNS, "source"])
 
 
 def load(paths: tuple[Path, ...]) -> tuple[pd.DataFrame, list[str], list[str]]:
@@ -115,15 +114,13 @@ def load(paths: tuple[Path, ...]) -> tuple[pd.DataFrame, list[str], list[str]]:
     rows["flags"] = rows["command"].map(lambda c: ", ".join(sorted(about[c][2])))
     rows["variant"] = rows["command"].map(lambda c: ", ".join(sorted(about[c][2] - shared)))
     rows["method"] = (rows["algorithm"] + " " + rows["variant"]).str.strip()
-    same, ends = ["method", "env_id", "seed"], rows.groupby(["method", "env_id", "seed", "source"])["step"].max()
-    longest = ends.groupby(same).idxmax().map(lambda key: key[-1])
-    chosen = rows["source"].to_numpy() == longest.loc[pd.MultiIndex.from_frame(rows[same])].to_numpy()
+    same, rank = ["method", "env_id", "seed"], {name: i for i, name in enumerate(NAMES.values())}
+    rows["last"] = rows.groupby([*same, "source"])["step"].transform("max")
+    chosen = rows["last"] == rows.groupby(same)["last"].transform("max")
     left_out = [f"{source} (a longer run is here)" for source in rows["source"][~chosen].unique()]
     rows = rows[chosen].drop_duplicates([*same, "step"], keep="last")
-    rank = {name: i for i, name in enumerate(NAMES.values())}
-    order = rows["algorithm"].map(lambda name: rank.get(name, 99)).rename("rank")
-    rows = rows.assign(rank=order).sort_values(["rank", *same, "step"], ignore_index=True)
-    return rows, sorted(shared), left_out
+    rows = rows.assign(rank=rows["algorithm"].map(lambda name: rank.get(name, 99)))
+    return rows.sort_values(["rank", *same, "step"], ignore_index=True), sorted(shared), left_out
 
 
 def references() -> pd.DataFrame:

@@ -16,6 +16,7 @@ import dataclasses
 import fcntl
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -58,10 +59,8 @@ class Args:
 def grid(args: Args) -> dict[str, dict]:
     """Name -> cell, of the flags; empty without a preset or scripts. Raises UserError."""
     given = {key: getattr(args, key) for key in ("scripts", "env_ids", "seeds", "variants") if getattr(args, key)}
-    if args.preset is None and given and not {"scripts", "env_ids"} <= set(given):
-        raise UserError("a grid needs --preset, or --scripts and --env-ids")
-    if args.preset is None and not given and args.flags:
-        raise UserError("--flags is for new cells, of --preset or --scripts; the cells of the grid keep theirs")
+    if args.preset is None and (given or args.flags) and not {"scripts", "env_ids"} <= set(given):
+        raise UserError("a grid, and --flags for it, needs --preset, or --scripts and --env-ids")
     cells = {}
     for block in PRESETS[args.preset] if args.preset else [{}] if given else []:
         block = dict(seeds=(1,), variants=("",), flags="") | block | given
@@ -104,9 +103,10 @@ def estimate(cells: list[dict], args: Args) -> str:
     """What the cells cost on CPUs and on a GPU, by measured speeds."""
     rates, used, hours, total = measured(), {}, 0.0, sum(map(steps, cells))
     for cell in cells:
-        name, env_id = NAMES.get(cell["word"], cell["word"]), re.sub("-v5$", "-v4", cell["env_id"])
+        word, env_id = cell.get("word", cell["script"]), re.sub("-v5$", "-v4", cell["env_id"])
+        name = NAMES.get(word, Path(word).stem)
         likely = itertools.product((name, "SB3 SAC" if "SB3" in name else "MEow"), (env_id, "Hopper-v4"))
-        like = next((key for key in likely if key in rates), None)
+        like = next((key for key in likely if key in rates), "")
         rate = rates.get(like, 150.0)
         used[name, env_id] = f"{name} {env_id} {rate:.0f}" + ("" if like == (name, env_id) else " (of another)")
         hours += steps(cell) / rate / 3600
@@ -127,22 +127,16 @@ def run_folders(here: Path) -> list[Path]:
     return sorted(path.parent for path in here.glob("runs/*/args.json"))
 
 
-def finished(run: Path) -> bool:
-    """Whether the run's last evaluation is at or past its last step."""
-    total = json.loads((run / "args.json").read_text())["args"].get("total_timesteps")
-    evaluations = scalars(run, "eval/episodic_return")
-    return total is not None and bool(evaluations) and evaluations[-1].step >= total
-
-
 def next_command(here: Path, cell: dict) -> list[str] | None:
     """What is left to do in the cell's folder: None, resume a run, or start (what cannot be resumed is set aside)."""
-    script, runs = [sys.executable, cell["script"]], run_folders(here)
-    if runs and finished(runs[0]):
-        return None
-    if runs and (runs[0] / "checkpoint.pt").exists():
+    script = [sys.executable, cell["script"]]
+    for run in run_folders(here)[:1]:
+        evaluations, args = scalars(run, "eval/episodic_return"), json.loads((run / "args.json").read_text())["args"]
+        if evaluations and evaluations[-1].step >= args.get("total_timesteps", math.inf):
+            return None
         usage = subprocess.run([*script, "--help"], capture_output=True, text=True, cwd=here)
-        if "--resume" in usage.stdout:
-            return [*script, "--resume", str(runs[0].relative_to(here))]
+        if (run / "checkpoint.pt").exists() and "--resume" in usage.stdout:
+            return [*script, "--resume", str(run.relative_to(here))]
     if (here / "runs").exists():
         (here / "runs").rename(here / f"abandoned-{len(list(here.glob('abandoned-*'))) + 1}")
     return [*script, "--env-id", cell["env_id"], "--seed", str(cell["seed"]), *cell["flags"]]
