@@ -4,12 +4,11 @@
     python -m benchmark.report benchmark/results/hopper_meow.csv runs/Hopper-v4__* --out report
     python -m benchmark.report runs/paper --export benchmark/results/NAME.csv      # the evaluations as one CSV
 
-Reads folders of benchmark.run, run folders, folders of run folders, and exported CSVs: step, return (mean of the
-evaluation episodes), SPS, seed, commit, machine, command, one row an evaluation. The algorithm of a run is the word of
-the script in its command, its task is --env-id, and the other flags, but PLAIN, make a variant of the algorithm; those
-that all runs share are said once. A run is set beside the paper's curve of the same flags: figure 3's of none, figure
-6's of its two ablations. Writes index.html, which holds everything and opens from disk, and its pictures as PNG; prints
-the tables as Markdown. Intervals are rliable's, of a bootstrap over seeds, stratified by task; one seed has none.
+Reads folders of benchmark.run, run folders, folders of run folders, and exported CSVs, one row an evaluation. The
+command of a run says what it is: the script is the algorithm, --env-id the task, and the other flags, but PLAIN, make a
+variant; those that all runs share are said once. A run is set beside the paper's curve of the same flags: figure 3's of
+none, figure 6's of its two ablations. Writes index.html, which holds everything and opens from disk, and its pictures
+as PNG; prints the tables as Markdown. Intervals are rliable's, of a bootstrap over seeds; one seed has none.
 """
 
 import base64
@@ -250,12 +249,8 @@ def aggregates(page: Page, name: str, rows: pd.DataFrame, curves: pd.Series, rep
         scores = np.stack([scores.to_numpy()[:n] for scores in on.values()], 1)  # (seeds, tasks)
         func = lambda x: np.array([metrics.aggregate_iqm(x), metrics.aggregate_optimality_gap(x)])  # noqa: E731
         point, ends = interval(scores, func, reps)
-        line, three = dict(method=method, seeds=n, tasks=len(on)), "{:.3f}".format
-        line |= {
-            h: f"{three(p)} ({span(e, three)})"
-            for h, p, e in zip(("IQM", "optimality gap"), point, ends.T, strict=True)
-        }
-        lines.append(line)
+        iqm, gap = (f"{p:.3f} ({span(each, '{:.3f}'.format)})" for p, each in zip(point, ends.T, strict=True))
+        lines.append({"method": method, "seeds": n, "tasks": len(on), "IQM": iqm, "optimality gap": gap})
         ax.plot(point[0], method, "o", color=color[method])
         ax.plot(ends[:, 0], [method] * 2, color=color[method], linewidth=4, alpha=0.5)
     ax.invert_yaxis()
@@ -283,9 +278,7 @@ def main(args: Args) -> None:
     for line in left_out:
         page.text(f"Left out: {line}.")
     groups = {"Algorithms": rows[rows["variant"] == ""]}
-    groups |= {
-        f"Variants of {a}": own for a, own in rows.groupby("algorithm", sort=False) if (own["variant"] != "").any()
-    }
+    groups |= {f"Variants of {name}": own for name, own in rows.groupby("algorithm", sort=False) if any(own["variant"])}
     for name, own in ((name, own) for name, own in groups.items() if len(own)):
         page.text(name, "h2")
         for env_id, on_task in own.groupby("env_id", sort=False):

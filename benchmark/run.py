@@ -144,9 +144,7 @@ def next_command(here: Path, cell: dict) -> list[str] | None:
 
 def run_cell(folder: Path, cell: dict, cpus: float, gpu_fraction: float) -> None:
     """One attempt at a cell, in a Ray task: start its script or resume it, its output appended to the cell's log.txt.
-
-    When the task is cancelled, the script gets SIGTERM and is waited for. Raises CalledProcessError if it fails.
-    """
+    When the task is cancelled, the script gets SIGTERM and is waited for. Raises CalledProcessError if it fails."""
     here, hidden = folder / cell["name"], {} if gpu_fraction else {"CUDA_VISIBLE_DEVICES": ""}
     here.mkdir(parents=True, exist_ok=True)
     with open(here / "lock", "a") as lock, open(here / "log.txt", "a") as log:

@@ -22,7 +22,6 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -64,7 +63,7 @@ class Protocol(BaseCallback):
         self.start_step, self.start_time = 0, time.time()  # of SPS, which leaves evaluations out
         self.bar = tqdm(total=args.total_timesteps, mininterval=0.5 if sys.stderr.isatty() else 30)
 
-    def sample(self, obs: torch.Tensor, deterministic: bool) -> torch.Tensor:
+    def sample(self, obs: torch.Tensor, deterministic: bool) -> torch.Tensor:  # what evaluate calls
         return torch.from_numpy(self.model.predict(obs.numpy(), deterministic=deterministic)[0])
 
     def _on_step(self) -> bool:
@@ -75,8 +74,7 @@ class Protocol(BaseCallback):
         end = step >= self.args.total_timesteps
         if end or step % self.args.eval_frequency == 0:
             events["charts/SPS"] = (step - self.start_step) / (time.time() - self.start_time)
-            settings = sac.Args(self.args.env_id, device="cpu")
-            returns, lengths = sac.evaluate(SimpleNamespace(sample=self.sample), self.envs, settings)
+            returns, lengths = sac.evaluate(self, self.envs, sac.Args(self.args.env_id, device="cpu"))
             events |= {"eval/episodic_return": returns.mean(), "eval/episodic_length": lengths.mean()}
             self.start_step, self.start_time = step, time.time()
         for name, value in events.items():

@@ -5,11 +5,10 @@
     python -m benchmark.speed --device cuda --processes 1 5 15 --csv NAME.csv    # one GPU; start MPS before
     python -m benchmark.speed --implementations SAC SQL "S2AC phi" "S2AC phi-theta" "S2AC phi-theta-psi" --modes eager
 
-Every implementation trains in a process of its own that waits for its turn; the turns go round, so that a machine that
-slows down slows all of them. Timed on each turn: an update with the draw of its batch, the choice of an action with its
-way to the GPU and back, the same as an evaluation does it (deterministic, one state, not compiled), and the whole loop,
-which is the script's own `train` without evaluations. Printed: medians, the range of the turns, and the ratio to MEow.
-Written: one row a turn. Leave the machine alone while it runs.
+Every implementation trains in a process of its own; they are timed in turns, so that a machine that slows down slows
+all of them: an update with the draw of its batch, the choice of an action with its way to the GPU and back, the same as
+an evaluation does it (deterministic, one state, not compiled), and the whole loop, which is the script's own `train`
+without evaluations. Prints medians, ranges and the ratio to MEow; writes one row a turn.
 """
 
 import dataclasses

@@ -66,7 +66,7 @@ DENSITIES = {  # name -> what makes the agent
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser()
     parser.add_argument("--density", choices=DENSITIES, required=True)
     known, others = parser.parse_known_args()
     mixture.Agent = DENSITIES[known.density]

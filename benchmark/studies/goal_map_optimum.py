@@ -30,6 +30,7 @@ from benchmark.report import describe, folders_of
 from benchmark.studies import densities
 
 KEYS = ("algorithm", "env_id", "alpha", "seed")
+HEADS = {"return": "return", "length": "length", "V(0,0)": "v_origin", "RMSE of V": "rmse"}  # header: column
 
 
 @dataclasses.dataclass
@@ -65,8 +66,7 @@ def measure(run: Path, csv: Path, episodes: int) -> dict:
     v, *paths = (np.float16(x.clip(-6e4, 6e4)) for x in (measured.v[::2, ::2], *measured.rollouts.paths[:20]))
     saved(csv, *key).parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(saved(csv, *key), *paths, v=v)
-    row = dict(zip(KEYS, key, strict=True)) | dict(gamma=trained.gamma)
-    row |= dict(steps=trained.total_timesteps, episodes=episodes)
+    row = dict(zip(KEYS, key, strict=True), gamma=trained.gamma, steps=trained.total_timesteps, episodes=episodes)
     row |= outcomes(trained.env_id, measured.rollouts, multigoal.policy_of(agent), episodes)
     row |= dict(v_origin=round(measured.v_origin, 1), optimum_origin=round(float(measured.optimum_origin), 1))
     row |= dict(rmse=round(measured.rmse, 1), kl=round(float(measured.kl.mean()), 3))
@@ -127,22 +127,13 @@ def table(rows: list[dict]) -> str:
         episodes = int(next(iter(algorithms.values()))[0]["episodes"])
         best = optimum(env_id, alpha, gamma, episodes)[0]
         for algorithm, runs in [*algorithms.items(), ("optimum", [best])]:
-            goals = (
-                np.array([row["goals"].split(" / ") for row in runs], dtype=float) * 100 / episodes
-            )  # (seeds, goals)
+            goals = np.array([row["goals"].split(" / ") for row in runs], dtype=float) * 100 / episodes
             hits, after = (np.array([int(row.get(k) or 0) for row in runs]) for k in ("hits", "reached_after_hit"))
             line = dict(map=env_id.partition(":")[2], alpha=f"{alpha:g}", algorithm=algorithm)
             line |= {"seeds": "" if algorithm == "optimum" else len(runs)}
             line |= {"reach a goal, %": f"{goals.sum(1).mean():.0f}", "least, %": f"{goals.min():.0f}"}
             line |= {"each goal, %": " / ".join(f"{x:.0f}" for x in goals.mean(0))}
-            for head, key in (
-                ("return", "return"),
-                ("length", "length"),
-                ("V(0,0)", "v_origin"),
-                ("RMSE of V", "rmse"),
-            ):
-                line[head] = spread(runs, key, 1)
-            line["KL, nats"] = spread(runs, "kl", 2)
+            line |= {head: spread(runs, key, 1) for head, key in HEADS.items()} | {"KL, nats": spread(runs, "kl", 2)}
             line["hit the wall, %"] = f"{100 * hits.mean() / episodes:.0f}"
             line["then reach a goal, %"] = f"{100 * after.sum() / hits.sum():.0f}" if hits.any() else ""
             lines.append(line | {"mass in the box": spread(runs, "mass", 4), "time, s": spread(runs, "seconds", 0)})

@@ -75,14 +75,11 @@ def draw_samples(name: str, agent: torch.nn.Module, actor: sac.SAC, obs: torch.T
     pieces = []
     for start in range(0, n, 8192):
         repeated = obs.expand(min(8192, n - start), -1)
-        log_prob = torch.zeros(len(repeated))
-        if name == UNIFORM:
-            actions = torch.rand(len(repeated), agent.action_dim) * 2 - 1
-        elif name == GAUSSIAN:
+        actions, log_prob = torch.rand(len(repeated), agent.action_dim) * 2 - 1, torch.zeros(len(repeated))
+        if name == GAUSSIAN:
             actions, log_prob = actor.sample_with_log_prob(repeated)
-        else:
-            actions = agent.sample(repeated)
-            log_prob = agent.log_prob(repeated, actions)
+        elif name == OWN:
+            log_prob = agent.log_prob(repeated, actions := agent.sample(repeated))
         pieces.append(torch.stack([agent.q(repeated, actions).amin(-1), log_prob]))
     return torch.cat(pieces, -1)
 
