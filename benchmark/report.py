@@ -1,7 +1,6 @@
 """One page about runs: learning curves beside the paper's, final and aggregate scores with intervals.
 
-    python -m benchmark.report runs/paper --out runs/paper/report
-    python -m benchmark.report benchmark/results/hopper_meow.csv runs/Hopper-v4__* --out report
+    python -m benchmark.report runs/paper benchmark/results/hopper_meow.csv --out runs/report
     python -m benchmark.report runs/paper --export benchmark/results/NAME.csv      # the evaluations as one CSV
 
 Reads folders of benchmark.run, run folders, folders of run folders, and exported CSVs, one row an evaluation. The

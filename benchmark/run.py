@@ -3,7 +3,6 @@
     python -m benchmark.run runs/smoke --preset smoke
     python -m benchmark.run runs/mine --scripts meow sac sb3:ppo --env-ids Hopper-v4 --seeds 1 2 3 --flags="--utd 0.5"
     python -m benchmark.run runs/mine --resume
-    python -m benchmark.report runs/mine --out runs/mine/report
 
 The cost is printed first. grid.json in the folder has the cells and their states, a folder for each cell its log and
 its runs. --resume continues a grid that was interrupted or killed: what is done is not run again, a run continues from
@@ -31,6 +30,7 @@ import numpy as np
 import pandas as pd
 import tomllib
 import tyro
+from rich.progress import Progress
 
 from benchmark import NAMES, ROOT, UserError, exit_code, scalars, script_of
 
@@ -103,8 +103,7 @@ def estimate(cells: list[dict], args: Args) -> str:
     """What the cells cost on CPUs and on a GPU, by measured speeds."""
     rates, used, hours, total = measured(), {}, 0.0, sum(map(steps, cells))
     for cell in cells:
-        word, env_id = cell.get("word", cell["script"]), re.sub("-v5$", "-v4", cell["env_id"])
-        name = NAMES.get(word, Path(word).stem)
+        name, env_id = NAMES.get(cell["word"], Path(cell["word"]).stem), re.sub("-v5$", "-v4", cell["env_id"])
         likely = itertools.product((name, "SB3 SAC" if "SB3" in name else "MEow"), (env_id, "Hopper-v4"))
         like = next((key for key in likely if key in rates), "")
         rate = rates.get(like, 150.0)
@@ -209,8 +208,6 @@ def save(folder: Path, cells: dict[str, dict]) -> None:
 
 def run_grid(folder: Path, cells: dict[str, dict], args: Args) -> int:
     """Run the cells that are not done. Returns the exit code."""
-    from rich.progress import Progress
-
     ray = start_ray()
     if args.gpu_fraction and not ray.cluster_resources().get("GPU"):
         raise UserError("--gpu-fraction: Ray finds no GPU")
@@ -252,7 +249,7 @@ def run_grid(folder: Path, cells: dict[str, dict], args: Args) -> int:
     for cell in (cell for cell in cells.values() if cell["state"] == "failed"):
         log = folder / cell["name"] / "log.txt"
         print(f"\nfailed: {cell['name']}: {cell['error']}; end of {log}:")
-        print("\n".join(f"    {line}" for line in tail(log).splitlines()[-15:]) if log.exists() else "")
+        print("    " + "\n    ".join(tail(log).splitlines()[-15:]) if log.exists() else "")
     print(f"\n{summary()}. The page: python -m benchmark.report {args.folder} --out {args.folder}/report")
     return int(any(cell["state"] == "failed" for cell in cells.values()))
 
@@ -266,7 +263,8 @@ def main(args: Args) -> int:
     if manifest.exists() and not args.resume:
         raise UserError(f"{args.folder} has a grid: --resume continues it")
     if manifest.exists():
-        cells = merge({cell["name"]: cell for cell in json.loads(manifest.read_text())["cells"]}, cells)
+        old = json.loads(manifest.read_text())["cells"]  # of older commits, without "word"
+        cells = merge({cell["name"]: dict(word=cell["script"]) | cell for cell in old}, cells)
     if not cells:
         raise UserError(f"nothing to run: {args.folder} has no grid, and there is no --preset and no --scripts")
     left = [cell for cell in cells.values() if cell["state"] != "done"]

@@ -10,8 +10,8 @@ The hyperparameters are the library's defaults (2.9.2), not those that RL Baseli
     TD3   Adam 1e-3, batch 256, tau 0.005, an update a step after 100 random ones, actor delay 2, nets 400, 300
     DDPG  as TD3, with one critic, an actor step with every update, and no noise on the target's actions
 
-TD3 and DDPG explore without noise then (the Zoo: --action-noise 0.1 --learning-starts 10000), and PPO does not
-normalise observations. A run cannot be resumed; its last policy is in model.zip.
+TD3 and DDPG explore without noise then (the Zoo: --action-noise 0.1 --learning-starts 10000), PPO does not normalise
+observations. A run cannot be resumed; its last policy is in model.zip.
 """
 
 import dataclasses

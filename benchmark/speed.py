@@ -1,6 +1,5 @@
 """How fast each script trains, beside Stable-Baselines3's and SBX's SAC, measured side by side in one run.
 
-    python -m benchmark.speed --csv benchmark/results/speed.csv
     python -m benchmark.speed --env-ids Hopper-v4 --batch-sizes 64 256 1024 4096 --csv NAME.csv
     python -m benchmark.speed --device cuda --processes 1 5 15 --csv NAME.csv    # one GPU; start MPS before
     python -m benchmark.speed --implementations SAC SQL "S2AC phi" "S2AC phi-theta" "S2AC phi-theta-psi" --modes eager
@@ -180,8 +179,8 @@ def measure(jobs: list[dict], turns: int) -> list[dict]:
                 timed = [pipe.recv() for pipe in own]
                 row = {part: statistics.median(each[part] for each in timed) for part in PARTS}
                 row["loop_sps"] = sum(each["loop_sps"] for each in timed)
-                kept = {key: job[key] for key in ("env_id", "implementation", "mode", "threads", *USUAL)}
-                rows.append(kept | dict(turn=turn) | {part: float(f"{x:.4g}") for part, x in row.items()})
+                about = {key: x for key, x in job.items() if key not in ("device", "seconds")} | dict(turn=turn)
+                rows.append(about | {part: float(f"{x:.4g}") for part, x in row.items()})
         except EOFError:  # a process is gone
             sys.exit(f"error: {Path(folder, 'log.txt').read_text()[-2000:]}")
         finally:

@@ -22,8 +22,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import tyro
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import TrialState
 
 from benchmark import UserError, exit_code, scalars, script_of

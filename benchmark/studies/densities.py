@@ -2,7 +2,6 @@
 
     python -m benchmark.run runs/densities --preset densities
     python -m benchmark.studies.goal_map_optimum runs/densities --csv runs/densities/optimum.csv
-    python benchmark/studies/densities.py --density splines-2 --env-id multigoal:MultiGoal-v0    # one run
 
 Q_i = V_i + alpha log pi makes V_i the exact soft value of any normalised pi. Here are rational-quadratic splines on the
 box (package zuko), in the script of the mixture, whose flags are the other flags. The preset has more.

@@ -45,11 +45,10 @@ def visited_states(agent: torch.nn.Module, env_id: str, n: int) -> tuple[torch.T
     """An initial state (1, O), and n (n, O) drawn from ten episodes of sampled actions."""
     env, states = sac.make_env(env_id), []
     for i in range(10):
-        obs, done = env.reset(seed=sac.EVAL_SEED + i)[0], False
-        while not done:
+        obs, over = env.reset(seed=sac.EVAL_SEED + i)[0], ()
+        while not any(over):
             states.append(torch.from_numpy(obs))
-            obs, _, terminated, truncated, _ = env.step(agent.sample(states[-1][None])[0].numpy())
-            done = terminated or truncated
+            obs, _, *over, _ = env.step(agent.sample(states[-1][None])[0].numpy())
     states = torch.stack(states)
     return states[:1], states[torch.randint(len(states), (n,))]
 
