@@ -274,8 +274,7 @@ def main(args: Args) -> None:
     page.text(f"{len(runs)} runs of {', '.join(runs['method'].unique())} on {', '.join(runs['env_id'].unique())}.")
     if shared:
         page.text(f"All runs have the flags {'; '.join(shared)}, which are not in their names below.")
-    for line in left_out:
-        page.text(f"Left out: {line}.")
+    [page.text(f"Left out: {line}.") for line in left_out]
     groups = {"Algorithms": rows[rows["variant"] == ""]}
     groups |= {f"Variants of {name}": own for name, own in rows.groupby("algorithm", sort=False) if any(own["variant"])}
     for name, own in ((name, own) for name, own in groups.items() if len(own)):
