@@ -230,7 +230,8 @@ def run_grid(folder: Path, cells: dict[str, dict], args: Args) -> int:
                 for done in ray.wait(list(running), timeout=1.0)[0]:
                     cell = running.pop(done)
                     try:
-                        cell["state"] = ray.get(done) or "done"
+                        ray.get(done)
+                        cell["state"] = "done"
                     except ray.exceptions.RayError as e:  # the script failed, the worker died, or could not write
                         cell |= dict(state="failed", error=str(e).strip().splitlines()[-1])
                     progress.print(f"{cell['state']}: {cell['name']}", soft_wrap=True)
