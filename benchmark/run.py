@@ -94,7 +94,7 @@ def measured() -> dict[tuple[str, str], float]:
     """(implementation, task) -> its steps a second on one CPU thread: medians of committed tables, the fastest."""
     rows = pd.concat(map(pd.read_csv, (ROOT / "benchmark" / "results").glob("speed*.csv")))
     one = rows.reindex(columns=["threads", "num_envs", "num_seeds", "processes"]).fillna(1) == 1  # not all are in all
-    rows = rows[one.all(axis=1) & (rows["batch_size"] == 256) & ~rows["machine"].str.contains("NVIDIA")]
+    rows = rows[one.all(axis=1) & (rows["batch_size"] == 256) & ~rows["machine"].str.contains("NVIDIA", na=False)]
     turns = rows.groupby(["implementation", "env_id", "mode", "commit"])["loop_sps"]
     return turns.median().groupby(["implementation", "env_id"]).max().to_dict()
 
