@@ -237,7 +237,7 @@ def aggregates(page: Page, name: str, rows: pd.DataFrame, curves: pd.Series, rep
     seeds = rows.groupby(["method", "env_id"], sort=False)["seed"].nunique().unstack().dropna(axis=1)
     page.text("Aggregate scores", "h3")
     if seeds.empty:
-        return page.text("None: they are over tasks of the paper's figure 3 that all methods have which have any.")
+        return page.text("None: all methods have no task of the paper's figure 3 in common.")
     n, last = int(seeds.min().min()), {env_id: last_step(rows[rows["env_id"] == env_id]) for env_id in seeds}
     ends = "; ".join(f"{env_id} {scale[env_id]:.0f} at {last[env_id]}" for env_id in seeds)
     page.text(f"Of each method and task the first {n} seeds; tasks, their paper's return and the step: {ends}.")
