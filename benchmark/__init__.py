@@ -1,18 +1,19 @@
 """Commands that measure: each module's first lines say what it does and how to call it. Here is what they share."""
 
 import csv
+import itertools
 import json
 import multiprocessing
 import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import tyro
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {"meow": "MEow", "sac": "SAC", "sql": "SQL", "s2ac": "S2AC", "meow-mixture": "MEow mixture"}  # word -> name
@@ -85,22 +86,20 @@ def run_missing(function: Callable, jobs: dict[tuple, tuple], path: Path, keys: 
 
     jobs: values of the columns `keys` -> arguments. `workers` processes of one thread each run side by side.
     """
-    rows, failed, start = read_csv(path), [], time.time()
+    rows, failed = read_csv(path), []
     have = {tuple(row[key] for key in keys) for row in rows}
     todo = {names: arguments for names, arguments in jobs.items() if tuple(map(str, names)) not in have}
     os.environ["OMP_NUM_THREADS"] = "1"
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), max_tasks_per_child=1) as pool:
         futures = {pool.submit(function, *arguments): ", ".join(map(str, n)) for n, arguments in todo.items()}
-        for done, future in enumerate(as_completed(futures), 1):
-            name, left = futures[future], (time.time() - start) * (len(todo) - done) / done / 60
+        for future in tqdm(as_completed(futures), total=len(todo)):
             try:
                 rows.append(future.result())
+                write_csv(path, rows)
+                tqdm.write(json.dumps(rows[-1]))
             except (Exception, SystemExit) as e:  # SystemExit: a mistake that a script found
-                failed.append(name)
-                print(f"{name} failed: {type(e).__name__}: {e}", file=sys.stderr, flush=True)
-                continue
-            write_csv(path, rows)
-            print(f"{done} of {len(todo)}, {left:.0f} min to go: {json.dumps(rows[-1])}", flush=True)
+                failed.append(futures[future])
+                tqdm.write(f"{failed[-1]} failed: {type(e).__name__}: {e}", file=sys.stderr)
     if failed:
         print(f"failed: {'; '.join(failed)}", file=sys.stderr)
     return int(bool(failed))
@@ -114,11 +113,9 @@ def markdown(rows: list[dict]) -> str:
 
 def colors(names: Iterable[str]) -> dict[str, str]:
     """Name -> colour: an algorithm's is the same in all pictures, others take what is left."""
-    names = list(names)
-    fixed = {name: color for name, color in zip(NAMES.values(), PALETTE, strict=False) if name in names}
-    left = [color for color in PALETTE if color not in fixed.values()] or PALETTE
-    others = [name for name in names if name not in fixed]
-    return fixed | {name: left[i % len(left)] for i, name in enumerate(others)}
+    fixed, names = dict(zip(NAMES.values(), PALETTE, strict=False)), list(names)
+    left = itertools.cycle([color for color in PALETTE if color not in map(fixed.get, names)])
+    return {name: fixed.get(name) or next(left) for name in names}
 
 
 def panels(rows: int = 1, columns: int = 1, size: tuple[float, float] = (4.2, 3.4), **options):

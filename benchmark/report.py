@@ -1,15 +1,13 @@
 """One page about runs: learning curves beside the paper's, final and aggregate scores with intervals.
 
-    python -m benchmark.report runs/paper --out runs/paper/report
-    python -m benchmark.report benchmark/results/hopper_meow.csv runs/Hopper-v4__* --out report
+    python -m benchmark.report runs/paper benchmark/results/hopper_meow.csv --out runs/report
     python -m benchmark.report runs/paper --export benchmark/results/NAME.csv      # the evaluations as one CSV
 
-Reads folders of benchmark.run, run folders, folders of run folders, and exported CSVs: step, return (mean of the
-evaluation episodes), SPS, seed, commit, machine, command, one row an evaluation. The algorithm of a run is the word of
-the script in its command, its task is --env-id, and the other flags, but PLAIN, make a variant of the algorithm; those
-that all runs share are said once. A run is set beside the paper's curve of the same flags: figure 3's of none, figure
-6's of its two ablations. Writes index.html, which holds everything and opens from disk, and its pictures as PNG; prints
-the tables as Markdown. Intervals are rliable's, of a bootstrap over seeds, stratified by task; one seed has none.
+Reads folders of benchmark.run, run folders, folders of run folders, and exported CSVs, one row an evaluation. The
+command of a run says what it is: the script is the algorithm, --env-id the task, and the other flags, but PLAIN, make a
+variant; those that all runs share are said once. A run is set beside the paper's curve of the same flags: figure 3's of
+none, figure 6's of its two ablations. Writes index.html, which holds everything and opens from disk, and its pictures
+as PNG; prints the tables as Markdown. Intervals are rliable's, of a bootstrap over seeds; one seed has none.
 """
 
 import base64
@@ -98,9 +96,8 @@ def rows_of(path: Path) -> pd.DataFrame:
         return frame[COLUMNS].assign(source=f"{path}, commit " + frame["commit"].astype(str))
     if not (folders := folders_of(path)):
         raise UserError(f"{path}: no CSV, no grid and no run in it")
-    return pd.DataFrame(
-        [row | dict(source=str(run)) for run in folders for row in curve(run)], columns=[*COLUMNS, "source"]
-    )
+    rows = [row | dict(source=str(run)) for run in folders for row in curve(run)]
+    return pd.DataFrame(rows, columns=[*COLUMNS, "source"])
 
 
 def load(paths: tuple[Path, ...]) -> tuple[pd.DataFrame, list[str], list[str]]:
@@ -115,15 +112,13 @@ def load(paths: tuple[Path, ...]) -> tuple[pd.DataFrame, list[str], list[str]]:
     rows["flags"] = rows["command"].map(lambda c: ", ".join(sorted(about[c][2])))
     rows["variant"] = rows["command"].map(lambda c: ", ".join(sorted(about[c][2] - shared)))
     rows["method"] = (rows["algorithm"] + " " + rows["variant"]).str.strip()
-    same, ends = ["method", "env_id", "seed"], rows.groupby(["method", "env_id", "seed", "source"])["step"].max()
-    longest = ends.groupby(same).idxmax().map(lambda key: key[-1])
-    chosen = rows["source"].to_numpy() == longest.loc[pd.MultiIndex.from_frame(rows[same])].to_numpy()
+    same, rank = ["method", "env_id", "seed"], {name: i for i, name in enumerate(NAMES.values())}
+    rows["last"] = rows.groupby([*same, "source"])["step"].transform("max")
+    chosen = rows["last"] == rows.groupby(same)["last"].transform("max")
     left_out = [f"{source} (a longer run is here)" for source in rows["source"][~chosen].unique()]
     rows = rows[chosen].drop_duplicates([*same, "step"], keep="last")
-    rank = {name: i for i, name in enumerate(NAMES.values())}
-    order = rows["algorithm"].map(lambda name: rank.get(name, 99)).rename("rank")
-    rows = rows.assign(rank=order).sort_values(["rank", *same, "step"], ignore_index=True)
-    return rows, sorted(shared), left_out
+    rows = rows.assign(rank=rows["algorithm"].map(lambda name: rank.get(name, 99)))
+    return rows.sort_values(["rank", *same, "step"], ignore_index=True), sorted(shared), left_out
 
 
 def references() -> pd.DataFrame:
@@ -242,7 +237,7 @@ def aggregates(page: Page, name: str, rows: pd.DataFrame, curves: pd.Series, rep
     seeds = rows.groupby(["method", "env_id"], sort=False)["seed"].nunique().unstack().dropna(axis=1)
     page.text("Aggregate scores", "h3")
     if seeds.empty:
-        return page.text("None: they are over tasks of the paper's figure 3 that all methods have which have any.")
+        return page.text("None: all methods have no task of the paper's figure 3 in common.")
     n, last = int(seeds.min().min()), {env_id: last_step(rows[rows["env_id"] == env_id]) for env_id in seeds}
     ends = "; ".join(f"{env_id} {scale[env_id]:.0f} at {last[env_id]}" for env_id in seeds)
     page.text(f"Of each method and task the first {n} seeds; tasks, their paper's return and the step: {ends}.")
@@ -253,12 +248,8 @@ def aggregates(page: Page, name: str, rows: pd.DataFrame, curves: pd.Series, rep
         scores = np.stack([scores.to_numpy()[:n] for scores in on.values()], 1)  # (seeds, tasks)
         func = lambda x: np.array([metrics.aggregate_iqm(x), metrics.aggregate_optimality_gap(x)])  # noqa: E731
         point, ends = interval(scores, func, reps)
-        line, three = dict(method=method, seeds=n, tasks=len(on)), "{:.3f}".format
-        line |= {
-            h: f"{three(p)} ({span(e, three)})"
-            for h, p, e in zip(("IQM", "optimality gap"), point, ends.T, strict=True)
-        }
-        lines.append(line)
+        iqm, gap = (f"{p:.3f} ({span(each, '{:.3f}'.format)})" for p, each in zip(point, ends.T, strict=True))
+        lines.append({"method": method, "seeds": n, "tasks": len(on), "IQM": iqm, "optimality gap": gap})
         ax.plot(point[0], method, "o", color=color[method])
         ax.plot(ends[:, 0], [method] * 2, color=color[method], linewidth=4, alpha=0.5)
     ax.invert_yaxis()
@@ -283,12 +274,9 @@ def main(args: Args) -> None:
     page.text(f"{len(runs)} runs of {', '.join(runs['method'].unique())} on {', '.join(runs['env_id'].unique())}.")
     if shared:
         page.text(f"All runs have the flags {'; '.join(shared)}, which are not in their names below.")
-    for line in left_out:
-        page.text(f"Left out: {line}.")
+    [page.text(f"Left out: {line}.") for line in left_out]
     groups = {"Algorithms": rows[rows["variant"] == ""]}
-    groups |= {
-        f"Variants of {a}": own for a, own in rows.groupby("algorithm", sort=False) if (own["variant"] != "").any()
-    }
+    groups |= {f"Variants of {name}": own for name, own in rows.groupby("algorithm", sort=False) if any(own["variant"])}
     for name, own in ((name, own) for name, own in groups.items() if len(own)):
         page.text(name, "h2")
         for env_id, on_task in own.groupby("env_id", sort=False):

@@ -3,7 +3,6 @@
     python -m benchmark.run runs/smoke --preset smoke
     python -m benchmark.run runs/mine --scripts meow sac sb3:ppo --env-ids Hopper-v4 --seeds 1 2 3 --flags="--utd 0.5"
     python -m benchmark.run runs/mine --resume
-    python -m benchmark.report runs/mine --out runs/mine/report
 
 The cost is printed first. grid.json in the folder has the cells and their states, a folder for each cell its log and
 its runs. --resume continues a grid that was interrupted or killed: what is done is not run again, a run continues from
@@ -16,6 +15,7 @@ import dataclasses
 import fcntl
 import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -30,17 +30,14 @@ import numpy as np
 import pandas as pd
 import tomllib
 import tyro
+from rich.progress import Progress
 
-from benchmark import NAMES, ROOT, UserError, exit_code, scalars, script_of, word_of
+from benchmark import NAMES, ROOT, UserError, exit_code, scalars, script_of
 
 PRESETS = tomllib.loads((ROOT / "benchmark" / "presets.toml").read_text())
 STEPS = PRESETS.pop("steps")
 # Steps a second of so many MEow processes together on Hopper-v4 that share one H200 through MPS (docs/speed.md)
 GPU_RATES, WITHOUT_MPS = {1: 1457, 5: 4043, 15: 7977}, 1_600
-MPS_NOTE = (
-    "CUDA MPS does not run here, so the processes on a GPU take turns: 15 on one H200 make 1,600 steps/s together "
-    "without it and 8,000 with it. To start it, before the grid: nvidia-cuda-mps-control -d"
-)
 
 
 @dataclasses.dataclass
@@ -62,10 +59,8 @@ class Args:
 def grid(args: Args) -> dict[str, dict]:
     """Name -> cell, of the flags; empty without a preset or scripts. Raises UserError."""
     given = {key: getattr(args, key) for key in ("scripts", "env_ids", "seeds", "variants") if getattr(args, key)}
-    if args.preset is None and given and not {"scripts", "env_ids"} <= set(given):
-        raise UserError("a grid needs --preset, or --scripts and --env-ids")
-    if args.preset is None and not given and args.flags:
-        raise UserError("--flags is for new cells, of --preset or --scripts; the cells of the grid keep theirs")
+    if args.preset is None and (given or args.flags) and not {"scripts", "env_ids"} <= set(given):
+        raise UserError("a grid, and --flags for it, needs --preset, or --scripts and --env-ids")
     cells = {}
     for block in PRESETS[args.preset] if args.preset else [{}] if given else []:
         block = dict(seeds=(1,), variants=("",), flags="") | block | given
@@ -76,7 +71,7 @@ def grid(args: Args) -> dict[str, dict]:
             name = re.sub(r"[^\w.-]", "_", "__".join(filter(None, (stem, env_id, label, f"seed{seed}"))))
             flags = [*own, *shlex.split(f"{block['flags']} {args.flags} {variant and f'--{variant}'}")]
             flags += ["--exp-name", f"{stem}.{label}"] if label else []
-            cell = dict(name=name, script=str(path), env_id=env_id, seed=seed, flags=flags)
+            cell = dict(name=name, word=script, script=str(path), env_id=env_id, seed=seed, flags=flags)
             cells = merge(cells, {name: cell | dict(state="waiting")})
     return cells
 
@@ -95,18 +90,11 @@ def steps(cell: dict) -> int:
     return int(given[-1]) if given else STEPS.get(re.sub("-v5$", "-v4", cell["env_id"]), 10**6)
 
 
-def name_of(cell: dict) -> str:
-    """MEow, SB3 PPO, ..."""
-    word = word_of(cell["script"])
-    word = f"sb3:{cell['flags'][1]}" if word == "sb3" else word
-    return NAMES.get(word, word)
-
-
 def measured() -> dict[tuple[str, str], float]:
     """(implementation, task) -> its steps a second on one CPU thread: medians of committed tables, the fastest."""
     rows = pd.concat(map(pd.read_csv, (ROOT / "benchmark" / "results").glob("speed*.csv")))
     one = rows.reindex(columns=["threads", "num_envs", "num_seeds", "processes"]).fillna(1) == 1  # not all are in all
-    rows = rows[one.all(axis=1) & (rows["batch_size"] == 256) & ~rows["machine"].str.contains("NVIDIA")]
+    rows = rows[one.all(axis=1) & (rows["batch_size"] == 256) & ~rows["machine"].str.contains("NVIDIA", na=False)]
     turns = rows.groupby(["implementation", "env_id", "mode", "commit"])["loop_sps"]
     return turns.median().groupby(["implementation", "env_id"]).max().to_dict()
 
@@ -115,9 +103,9 @@ def estimate(cells: list[dict], args: Args) -> str:
     """What the cells cost on CPUs and on a GPU, by measured speeds."""
     rates, used, hours, total = measured(), {}, 0.0, sum(map(steps, cells))
     for cell in cells:
-        name, env_id = name_of(cell), re.sub("-v5$", "-v4", cell["env_id"])
+        name, env_id = NAMES.get(cell["word"], Path(cell["word"]).stem), re.sub("-v5$", "-v4", cell["env_id"])
         likely = itertools.product((name, "SB3 SAC" if "SB3" in name else "MEow"), (env_id, "Hopper-v4"))
-        like = next((key for key in likely if key in rates), None)
+        like = next((key for key in likely if key in rates), "")
         rate = rates.get(like, 150.0)
         used[name, env_id] = f"{name} {env_id} {rate:.0f}" + ("" if like == (name, env_id) else " (of another)")
         hours += steps(cell) / rate / 3600
@@ -138,22 +126,16 @@ def run_folders(here: Path) -> list[Path]:
     return sorted(path.parent for path in here.glob("runs/*/args.json"))
 
 
-def finished(run: Path) -> bool:
-    """Whether the run's last evaluation is at or past its last step."""
-    total = json.loads((run / "args.json").read_text())["args"].get("total_timesteps")
-    evaluations = scalars(run, "eval/episodic_return")
-    return total is not None and bool(evaluations) and evaluations[-1].step >= total
-
-
 def next_command(here: Path, cell: dict) -> list[str] | None:
     """What is left to do in the cell's folder: None, resume a run, or start (what cannot be resumed is set aside)."""
-    script, runs = [sys.executable, cell["script"]], run_folders(here)
-    if runs and finished(runs[0]):
-        return None
-    if runs and (runs[0] / "checkpoint.pt").exists():
+    script = [sys.executable, cell["script"]]
+    for run in run_folders(here)[:1]:
+        evaluations, args = scalars(run, "eval/episodic_return"), json.loads((run / "args.json").read_text())["args"]
+        if evaluations and evaluations[-1].step >= args.get("total_timesteps", math.inf):
+            return None
         usage = subprocess.run([*script, "--help"], capture_output=True, text=True, cwd=here)
-        if "--resume" in usage.stdout:
-            return [*script, "--resume", str(runs[0].relative_to(here))]
+        if (run / "checkpoint.pt").exists() and "--resume" in usage.stdout:
+            return [*script, "--resume", str(run.relative_to(here))]
     if (here / "runs").exists():
         (here / "runs").rename(here / f"abandoned-{len(list(here.glob('abandoned-*'))) + 1}")
     return [*script, "--env-id", cell["env_id"], "--seed", str(cell["seed"]), *cell["flags"]]
@@ -161,9 +143,7 @@ def next_command(here: Path, cell: dict) -> list[str] | None:
 
 def run_cell(folder: Path, cell: dict, cpus: float, gpu_fraction: float) -> None:
     """One attempt at a cell, in a Ray task: start its script or resume it, its output appended to the cell's log.txt.
-
-    When the task is cancelled, the script gets SIGTERM and is waited for. Raises CalledProcessError if it fails.
-    """
+    When the task is cancelled, the script gets SIGTERM and is waited for. Raises CalledProcessError if it fails."""
     here, hidden = folder / cell["name"], {} if gpu_fraction else {"CUDA_VISIBLE_DEVICES": ""}
     here.mkdir(parents=True, exist_ok=True)
     with open(here / "lock", "a") as lock, open(here / "log.txt", "a") as log:
@@ -228,8 +208,6 @@ def save(folder: Path, cells: dict[str, dict]) -> None:
 
 def run_grid(folder: Path, cells: dict[str, dict], args: Args) -> int:
     """Run the cells that are not done. Returns the exit code."""
-    from rich.progress import Progress
-
     ray = start_ray()
     if args.gpu_fraction and not ray.cluster_resources().get("GPU"):
         raise UserError("--gpu-fraction: Ray finds no GPU")
@@ -252,7 +230,8 @@ def run_grid(folder: Path, cells: dict[str, dict], args: Args) -> int:
                 for done in ray.wait(list(running), timeout=1.0)[0]:
                     cell = running.pop(done)
                     try:
-                        cell["state"] = ray.get(done) or "done"
+                        ray.get(done)
+                        cell["state"] = "done"
                     except ray.exceptions.RayError as e:  # the script failed, the worker died, or could not write
                         cell |= dict(state="failed", error=str(e).strip().splitlines()[-1])
                     progress.print(f"{cell['state']}: {cell['name']}", soft_wrap=True)
@@ -271,7 +250,7 @@ def run_grid(folder: Path, cells: dict[str, dict], args: Args) -> int:
     for cell in (cell for cell in cells.values() if cell["state"] == "failed"):
         log = folder / cell["name"] / "log.txt"
         print(f"\nfailed: {cell['name']}: {cell['error']}; end of {log}:")
-        print("\n".join(f"    {line}" for line in tail(log).splitlines()[-15:]) if log.exists() else "")
+        print("    " + "\n    ".join(tail(log).splitlines()[-15:]) if log.exists() else "")
     print(f"\n{summary()}. The page: python -m benchmark.report {args.folder} --out {args.folder}/report")
     return int(any(cell["state"] == "failed" for cell in cells.values()))
 
@@ -285,14 +264,18 @@ def main(args: Args) -> int:
     if manifest.exists() and not args.resume:
         raise UserError(f"{args.folder} has a grid: --resume continues it")
     if manifest.exists():
-        cells = merge({cell["name"]: cell for cell in json.loads(manifest.read_text())["cells"]}, cells)
+        old = json.loads(manifest.read_text())["cells"]  # of older commits, without "word"
+        cells = merge({cell["name"]: dict(word=cell["script"]) | cell for cell in old}, cells)
     if not cells:
         raise UserError(f"nothing to run: {args.folder} has no grid, and there is no --preset and no --scripts")
     left = [cell for cell in cells.values() if cell["state"] != "done"]
     print(f"{estimate(left, args)}\ndone before: {len(cells) - len(left)}", flush=True)
     pipes = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
     if 0 < args.gpu_fraction < 1 and not (pipes / "control").exists():
-        print(MPS_NOTE, flush=True)
+        print(
+            "CUDA MPS does not run here: processes take turns on a GPU (15 on one H200 make 1,600 steps/s without it,"
+        )
+        print("8,000 with it). To start it, before the grid: nvidia-cuda-mps-control -d", flush=True)
     if args.dry_run:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` closes the pipe
         print("\n".join(f"{cell['state']:12}{cell['name']} {shlex.join(cell['flags'])}" for cell in cells.values()))

@@ -10,8 +10,8 @@ The hyperparameters are the library's defaults (2.9.2), not those that RL Baseli
     TD3   Adam 1e-3, batch 256, tau 0.005, an update a step after 100 random ones, actor delay 2, nets 400, 300
     DDPG  as TD3, with one critic, an actor step with every update, and no noise on the target's actions
 
-TD3 and DDPG explore without noise then (the Zoo: --action-noise 0.1 --learning-starts 10000), and PPO does not
-normalise observations. A run cannot be resumed; its last policy is in model.zip.
+TD3 and DDPG explore without noise then (the Zoo: --action-noise 0.1 --learning-starts 10000), PPO does not normalise
+observations. A run cannot be resumed; its last policy is in model.zip.
 """
 
 import dataclasses
@@ -22,7 +22,6 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Literal
 
 import numpy as np
@@ -64,7 +63,7 @@ class Protocol(BaseCallback):
         self.start_step, self.start_time = 0, time.time()  # of SPS, which leaves evaluations out
         self.bar = tqdm(total=args.total_timesteps, mininterval=0.5 if sys.stderr.isatty() else 30)
 
-    def sample(self, obs: torch.Tensor, deterministic: bool) -> torch.Tensor:
+    def sample(self, obs: torch.Tensor, deterministic: bool) -> torch.Tensor:  # what evaluate calls
         return torch.from_numpy(self.model.predict(obs.numpy(), deterministic=deterministic)[0])
 
     def _on_step(self) -> bool:
@@ -75,8 +74,7 @@ class Protocol(BaseCallback):
         end = step >= self.args.total_timesteps
         if end or step % self.args.eval_frequency == 0:
             events["charts/SPS"] = (step - self.start_step) / (time.time() - self.start_time)
-            settings = sac.Args(self.args.env_id, device="cpu")
-            returns, lengths = sac.evaluate(SimpleNamespace(sample=self.sample), self.envs, settings)
+            returns, lengths = sac.evaluate(self, self.envs, sac.Args(self.args.env_id, device="cpu"))
             events |= {"eval/episodic_return": returns.mean(), "eval/episodic_length": lengths.mean()}
             self.start_step, self.start_time = step, time.time()
         for name, value in events.items():

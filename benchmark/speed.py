@@ -1,15 +1,13 @@
 """How fast each script trains, beside Stable-Baselines3's and SBX's SAC, measured side by side in one run.
 
-    python -m benchmark.speed --csv benchmark/results/speed.csv
     python -m benchmark.speed --env-ids Hopper-v4 --batch-sizes 64 256 1024 4096 --csv NAME.csv
     python -m benchmark.speed --device cuda --processes 1 5 15 --csv NAME.csv    # one GPU; start MPS before
     python -m benchmark.speed --implementations SAC SQL "S2AC phi" "S2AC phi-theta" "S2AC phi-theta-psi" --modes eager
 
-Every implementation trains in a process of its own that waits for its turn; the turns go round, so that a machine that
-slows down slows all of them. Timed on each turn: an update with the draw of its batch, the choice of an action with its
-way to the GPU and back, the same as an evaluation does it (deterministic, one state, not compiled), and the whole loop,
-which is the script's own `train` without evaluations. Printed: medians, the range of the turns, and the ratio to MEow.
-Written: one row a turn. Leave the machine alone while it runs.
+Every implementation trains in a process of its own; they are timed in turns, so that a machine that slows down slows
+all of them: an update with the draw of its batch, the choice of an action with its way to the GPU and back, the same as
+an evaluation does it (deterministic, one state, not compiled), and the whole loop, which is the script's own `train`
+without evaluations. Prints medians, ranges and the ratio to MEow; writes one row a turn.
 """
 
 import dataclasses
@@ -181,8 +179,8 @@ def measure(jobs: list[dict], turns: int) -> list[dict]:
                 timed = [pipe.recv() for pipe in own]
                 row = {part: statistics.median(each[part] for each in timed) for part in PARTS}
                 row["loop_sps"] = sum(each["loop_sps"] for each in timed)
-                kept = {key: job[key] for key in ("env_id", "implementation", "mode", "threads", *USUAL)}
-                rows.append(kept | dict(turn=turn) | {part: float(f"{x:.4g}") for part, x in row.items()})
+                about = {key: x for key, x in job.items() if key not in ("device", "seconds")} | dict(turn=turn)
+                rows.append(about | {part: float(f"{x:.4g}") for part, x in row.items()})
         except EOFError:  # a process is gone
             sys.exit(f"error: {Path(folder, 'log.txt').read_text()[-2000:]}")
         finally:

@@ -3,10 +3,10 @@
     python -m benchmark.tune runs/tuning --script meow --env-id Hopper-v4 --flags="--total-timesteps 50000" \\
         --space learning_rate=log:1e-4:1e-2 tau=log:1e-4:1e-2 clipped_double_q=bool --trials 30
 
-A trial's score is the mean of its last five evaluations. It is reported at every evaluation, and a trial below the
-median of the complete ones at that step is stopped. The study is study.log in the folder, with a folder for each trial;
-the same command continues it, and after Ctrl-C runs the interrupted trials again. Prints the best flags as a command
-line. The best score of many is too high an estimate of what its flags reach: train them again with other seeds.
+A trial's score is the mean of its last five evaluations; one below the median of the complete trials at the same step
+is stopped. The study is study.log in the folder, with a folder for each trial; the same command continues it, and runs
+trials that Ctrl-C interrupted again. Prints the best flags as a command line. The best score of many is too high an
+estimate of what its flags reach: train them again with other seeds.
 """
 
 import dataclasses
@@ -22,8 +22,7 @@ from pathlib import Path
 import numpy as np
 import optuna
 import tyro
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalStorage
 from optuna.trial import TrialState
 
 from benchmark import UserError, exit_code, scalars, script_of
@@ -69,10 +68,10 @@ def suggest(trial: optuna.Trial, space: tuple[str, ...]) -> list[str]:
 
 def open_study(args: Args) -> optuna.Study:
     """The study in the folder. Raises UserError if it is another."""
-    options = dict(sampler=optuna.samplers.TPESampler(seed=args.seed, n_startup_trials=args.startup_trials))
-    options |= dict(pruner=optuna.pruners.MedianPruner(n_startup_trials=args.startup_trials), direction="maximize")
-    options |= dict(storage=JournalStorage(JournalFileBackend(str(args.folder / "study.log"))), study_name="study")
-    study = optuna.create_study(load_if_exists=True, **options)
+    sampler = optuna.samplers.TPESampler(seed=args.seed, n_startup_trials=args.startup_trials)
+    where = dict(storage=JournalStorage(JournalFileBackend(str(args.folder / "study.log"))), load_if_exists=True)
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=args.startup_trials)
+    study = optuna.create_study(direction="maximize", study_name="study", sampler=sampler, pruner=pruner, **where)
     asked = [args.script, args.env_id, args.flags, str(args.seed), *args.space]
     if (had := study.user_attrs.get("asked", asked)) != asked:
         raise UserError(f"{args.folder} has another study, of {' '.join(had)}")
@@ -114,9 +113,8 @@ def main(args: Args) -> int:
     """Returns the exit code. Raises UserError."""
     if min(args.trials, args.jobs) <= 0 or args.startup_trials < 0:
         raise UserError("--trials and --jobs must be positive, --startup-trials not negative")
-    path, own = script_of(args.script)
+    (path, own), args.folder = script_of(args.script), args.folder.resolve()
     suggest(optuna.create_study().ask(), args.space)  # a mistake is found before anything is written
-    args.folder = args.folder.resolve()
     args.folder.mkdir(parents=True, exist_ok=True)
     study, interrupted = open_study(args), threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -126,7 +124,6 @@ def main(args: Args) -> int:
     study.optimize(objective, max(left, 0), n_jobs=args.jobs, catch=(RuntimeError,))
     study.trials_dataframe().to_csv(args.folder / "trials.csv", index=False)
     if interrupted.is_set():
-        print(f"interrupted; the same command continues {args.folder}")
         return 130
     if complete := study.get_trials(states=(TrialState.COMPLETE,)):
         best = study.best_trial

@@ -109,7 +109,7 @@ def test_goal_maps(tmp_path, monkeypatch, here, capsys):
 
     paths["png"].unlink()
     assert goal_map_optimum.main(goal_map_optimum.Args(**paths)) == 0 and paths["png"].exists()
-    assert "to go" not in capsys.readouterr().out
+    assert "seconds" not in capsys.readouterr().out
 
 
 def test_labels_of_runs(tmp_path):
@@ -151,9 +151,10 @@ def test_tables_of_committed_results(monkeypatch):
 @pytest.mark.parametrize("name", [name for name in densities.DENSITIES if "wide" not in name])
 def test_densities_have_the_moments_of_their_samples(name):
     """pi integrates to 1, and mean and second moments by quadrature are those of the draws; V's parameters last."""
-    script, make = densities.DENSITIES[name]
     torch.manual_seed(0)
-    agent = make(2, 2, script.parse_args(["--env-id", "multigoal:MultiGoal-v0", "--device", "cpu"]))
+    agent = densities.DENSITIES[name](
+        2, 2, densities.mixture.parse_args(["--env-id", "multigoal:MultiGoal-v0", "--device", "cpu"])
+    )
     with torch.no_grad():
         for parameter in agent.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

@@ -1,1 +1,0 @@
-"""Answers to one question each: python -m benchmark.studies.NAME."""

@@ -1,12 +1,10 @@
-"""MEow with another density in the place of the script's: a script for a grid, made to be measured on the 4-goal map.
+"""MEow with splines in the place of its flow: a script for a grid, made to be measured on the 4-goal map.
 
     python -m benchmark.run runs/densities --preset densities
     python -m benchmark.studies.goal_map_optimum runs/densities --csv runs/densities/optimum.csv
-    python benchmark/studies/densities.py --density splines-2 --env-id multigoal:MultiGoal-v0    # one run
 
-Q_i = V_i + alpha log pi makes V_i the exact soft value of any normalised pi. Here are the flow with eight couplings and
-rational-quadratic splines on the box (package zuko). All other flags are those of meow_continuous_action.py or, for
-splines, of meow_mixture_continuous_action.py.
+Q_i = V_i + alpha log pi makes V_i the exact soft value of any normalised pi. Here are rational-quadratic splines on the
+box (package zuko), in the script of the mixture, whose flags are the other flags. The preset has more.
 """
 
 import argparse
@@ -20,32 +18,7 @@ from torch import nn
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))  # a grid runs this file by its path
 
-import meow_continuous_action as meow
 import meow_mixture_continuous_action as mixture
-
-
-class Pair(nn.Module):
-    """Two couplings in the place of one; with dropout they share its masks."""
-
-    def __init__(self, first: nn.Module, second: nn.Module):
-        super().__init__()
-        self.first, self.second = first, second
-
-    def forward(self, z, obs):
-        return self.second(self.first(z, obs), obs)
-
-    def inverse(self, z, obs, keep=None):
-        z, second = self.second.inverse(z, obs, keep)
-        z, first = self.first.inverse(z, obs, keep)
-        return z, first + second
-
-
-def deep_flow(obs_dim: int, action_dim: int, args: meow.Args) -> nn.Module:
-    """The paper's flow with eight couplings."""
-    agent = meow.MEow(obs_dim, action_dim, args)
-    for k, coupling in enumerate(agent.couplings):
-        agent.couplings[k] = Pair(coupling, meow.Coupling(obs_dim, action_dim, 1 - coupling.mask, args))
-    return agent
 
 
 class SplineMEow(mixture.MixtureMEow):
@@ -84,17 +57,16 @@ class SplineMEow(mixture.MixtureMEow):
         return dict(entropy=-self.log_prob(obs, self.sample(obs)).mean())
 
 
-DENSITIES = {  # name -> (script, what makes the agent)
-    "deep-flow": (meow, deep_flow),
-    "splines-2": (mixture, functools.partial(SplineMEow, transforms=2)),
-    "splines-4": (mixture, SplineMEow),
-    "splines-2-wide": (mixture, functools.partial(SplineMEow, transforms=2, hidden=256)),
+DENSITIES = {  # name -> what makes the agent
+    "splines-2": functools.partial(SplineMEow, transforms=2),
+    "splines-4": SplineMEow,
+    "splines-2-wide": functools.partial(SplineMEow, transforms=2, hidden=256),
 }
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser()
     parser.add_argument("--density", choices=DENSITIES, required=True)
     known, others = parser.parse_known_args()
-    script, script.Agent = DENSITIES[known.density]
-    script.train(script.parse_args(["--exp-name", f"densities_{known.density}", "--compile", "off", *others]))
+    mixture.Agent = DENSITIES[known.density]
+    mixture.train(mixture.parse_args(["--exp-name", f"densities_{known.density}", "--compile", "off", *others]))

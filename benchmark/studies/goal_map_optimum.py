@@ -30,6 +30,7 @@ from benchmark.report import describe, folders_of
 from benchmark.studies import densities
 
 KEYS = ("algorithm", "env_id", "alpha", "seed")
+HEADS = {"return": "return", "length": "length", "V(0,0)": "v_origin", "RMSE of V": "rmse"}  # header: column
 
 
 @dataclasses.dataclass
@@ -58,52 +59,48 @@ def saved(csv: Path, algorithm: str, env_id: str, alpha: float, seed: int) -> Pa
 def measure(run: Path, csv: Path, episodes: int) -> dict:
     """A row of the CSV. In a process of its own: for a density it changes the script's module."""
     facts, key = json.loads((run / "args.json").read_text()), key_of(run)
-    if density := re.search(r"--density[ =](\S+)", facts["command"]):
-        script, script.Agent = densities.DENSITIES[density[1]]
+    if density := re.search(r"densities.py.* --density[ =](\S+)", facts["command"]):
+        densities.mixture.Agent = densities.DENSITIES[density[1]]
     agent, trained = multigoal.load_policy(run / "checkpoint.pt")
-    env, states = gym.make(trained.env_id), torch.tensor(multigoal.STATES[trained.env_id], dtype=torch.float32)
-    measured = multigoal.measure(agent, trained, env, episodes)
+    measured = multigoal.measure(agent, trained, gym.make(trained.env_id), episodes)
     v, *paths = (np.float16(x.clip(-6e4, 6e4)) for x in (measured.v[::2, ::2], *measured.rollouts.paths[:20]))
     saved(csv, *key).parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(saved(csv, *key), *paths, v=v)
-    row = dict(zip(KEYS, key, strict=True)) | dict(gamma=trained.gamma)
-    row |= dict(steps=trained.total_timesteps, episodes=episodes) | counts(env, measured.rollouts)
+    row = dict(zip(KEYS, key, strict=True), gamma=trained.gamma, steps=trained.total_timesteps, episodes=episodes)
+    row |= outcomes(trained.env_id, measured.rollouts, multigoal.policy_of(agent), episodes)
     row |= dict(v_origin=round(measured.v_origin, 1), optimum_origin=round(float(measured.optimum_origin), 1))
     row |= dict(rmse=round(measured.rmse, 1), kl=round(float(measured.kl.mean()), 3))
-    row |= hit_counts(trained.env_id, multigoal.policy_of(agent), episodes)
-    row |= dict(mass=f"{mass(agent, states):.6f}" if hasattr(agent, "log_prob") else "")
+    row |= dict(mass=f"{mass(agent, multigoal.STATES[trained.env_id]):.6f}" if hasattr(agent, "log_prob") else "")
     seconds = (run / "checkpoint.pt").stat().st_mtime - (run / "args.json").stat().st_mtime
     return row | dict(seconds=round(seconds)) | {name: facts[name] for name in ("commit", "machine", "command")}
 
 
 @torch.no_grad()
-def mass(agent: torch.nn.Module, states: torch.Tensor, cells: int = 400) -> float:
+def mass(agent: torch.nn.Module, states: tuple, cells: int = 400) -> float:
     """The least of int pi(a|s) da over the box at `states` (N, 2), by a midpoint sum over cells^2 actions."""
     middles = (torch.arange(cells) + 0.5) * 2 / cells - 1
     actions = torch.cartesian_prod(middles, middles)  # (cells^2, 2)
-    return min(agent.log_prob(s.expand(len(actions), -1), actions).double().exp().mean().item() * 4 for s in states)
+    log_probs = (agent.log_prob(torch.tensor(s).float().expand(len(actions), -1), actions) for s in states)
+    return min(4 * log_prob.double().exp().mean().item() for log_prob in log_probs)
 
 
-def counts(env: gym.Env, rollouts: multigoal.Rollouts) -> dict:
-    """Columns of the CSV: goals reached, in all and each, mean return and length."""
-    goals = [int((rollouts.goals == g).sum()) for g in range(len(env.unwrapped.goals))]
-    means = {"return": round(float(rollouts.returns.mean()), 1), "length": round(float(rollouts.lengths.mean()), 2)}
-    return dict(reached=sum(goals), goals=" / ".join(map(str, goals))) | means
-
-
-def hit_counts(env_id: str, policy: Callable[[np.ndarray], np.ndarray], episodes: int) -> dict:
-    """Columns of the CSV: rollouts that run into the wall, and how many of these reach a goal within 30 steps."""
-    rollouts = multigoal.rollout(gym.make(env_id, obstacle=True, max_episode_steps=30), policy, episodes)
-    return dict(hits=int(rollouts.hits.sum()), reached_after_hit=int((rollouts.hits & (rollouts.goals >= 0)).sum()))
+def outcomes(env_id: str, rollouts: multigoal.Rollouts, policy: Callable, episodes: int) -> dict:
+    """Columns of the CSV: goals reached, in all and each, mean return and length; rollouts that run into the wall, and
+    how many of these reach a goal within 30 steps."""
+    goals = [int((rollouts.goals == g).sum()) for g in range(len(gym.make(env_id).unwrapped.goals))]
+    row = dict(reached=sum(goals), goals=" / ".join(map(str, goals)))
+    row |= {"return": round(float(rollouts.returns.mean()), 1), "length": round(float(rollouts.lengths.mean()), 2)}
+    walled = multigoal.rollout(gym.make(env_id, obstacle=True, max_episode_steps=30), policy, episodes)
+    return row | dict(hits=int(walled.hits.sum()), reached_after_hit=int((walled.hits & (walled.goals >= 0)).sum()))
 
 
 def optimum(env_id: str, alpha: float, gamma: float, episodes: int) -> tuple[dict, multigoal.Rollouts]:
     """The row of the optimal policy, and its rollouts."""
-    env, best = gym.make(env_id), multigoal.optimum_of(env_id, alpha, gamma)
+    best = multigoal.optimum_of(env_id, alpha, gamma)
     policy = functools.partial(best.policy, rng=np.random.default_rng(0))
-    rollouts = multigoal.rollout(env, policy, episodes)
+    rollouts = multigoal.rollout(gym.make(env_id), policy, episodes)
     row = dict(algorithm="optimum", v_origin=best.v(np.zeros((1, 2)))[0], rmse=0, kl=0)
-    return row | counts(env, rollouts) | hit_counts(env_id, policy, episodes), rollouts
+    return row | outcomes(env_id, rollouts, policy, episodes), rollouts
 
 
 def cells_of(rows: list[dict]) -> dict[tuple[str, float, float], dict[str, list[dict]]]:
@@ -130,22 +127,13 @@ def table(rows: list[dict]) -> str:
         episodes = int(next(iter(algorithms.values()))[0]["episodes"])
         best = optimum(env_id, alpha, gamma, episodes)[0]
         for algorithm, runs in [*algorithms.items(), ("optimum", [best])]:
-            goals = (
-                np.array([row["goals"].split(" / ") for row in runs], dtype=float) * 100 / episodes
-            )  # (seeds, goals)
+            goals = np.array([row["goals"].split(" / ") for row in runs], dtype=float) * 100 / episodes
             hits, after = (np.array([int(row.get(k) or 0) for row in runs]) for k in ("hits", "reached_after_hit"))
             line = dict(map=env_id.partition(":")[2], alpha=f"{alpha:g}", algorithm=algorithm)
             line |= {"seeds": "" if algorithm == "optimum" else len(runs)}
             line |= {"reach a goal, %": f"{goals.sum(1).mean():.0f}", "least, %": f"{goals.min():.0f}"}
             line |= {"each goal, %": " / ".join(f"{x:.0f}" for x in goals.mean(0))}
-            for head, key in (
-                ("return", "return"),
-                ("length", "length"),
-                ("V(0,0)", "v_origin"),
-                ("RMSE of V", "rmse"),
-            ):
-                line[head] = spread(runs, key, 1)
-            line["KL, nats"] = spread(runs, "kl", 2)
+            line |= {head: spread(runs, key, 1) for head, key in HEADS.items()} | {"KL, nats": spread(runs, "kl", 2)}
             line["hit the wall, %"] = f"{100 * hits.mean() / episodes:.0f}"
             line["then reach a goal, %"] = f"{100 * after.sum() / hits.sum():.0f}" if hits.any() else ""
             lines.append(line | {"mass in the box": spread(runs, "mass", 4), "time, s": spread(runs, "seconds", 0)})

@@ -37,7 +37,6 @@ class Args:
     repeats: int = 16  # estimates with M = 1024 at each visited state, 1024 / M times as many with M samples
     initial_repeats: int = 400  # the same at the initial state
     actor_steps: int = 1000  # gradient steps of SAC's actor on the checkpoint's Q
-    seed: int = 0  # seed of the samples
 
 
 @torch.no_grad()
@@ -45,11 +44,10 @@ def visited_states(agent: torch.nn.Module, env_id: str, n: int) -> tuple[torch.T
     """An initial state (1, O), and n (n, O) drawn from ten episodes of sampled actions."""
     env, states = sac.make_env(env_id), []
     for i in range(10):
-        obs, done = env.reset(seed=sac.EVAL_SEED + i)[0], False
-        while not done:
+        obs, over = env.reset(seed=sac.EVAL_SEED + i)[0], ()
+        while not any(over):
             states.append(torch.from_numpy(obs))
-            obs, _, terminated, truncated, _ = env.step(agent.sample(states[-1][None])[0].numpy())
-            done = terminated or truncated
+            obs, _, *over, _ = env.step(agent.sample(states[-1][None])[0].numpy())
     states = torch.stack(states)
     return states[:1], states[torch.randint(len(states), (n,))]
 
@@ -75,14 +73,11 @@ def draw_samples(name: str, agent: torch.nn.Module, actor: sac.SAC, obs: torch.T
     pieces = []
     for start in range(0, n, 8192):
         repeated = obs.expand(min(8192, n - start), -1)
-        log_prob = torch.zeros(len(repeated))
-        if name == UNIFORM:
-            actions = torch.rand(len(repeated), agent.action_dim) * 2 - 1
-        elif name == GAUSSIAN:
+        actions, log_prob = torch.rand(len(repeated), agent.action_dim) * 2 - 1, torch.zeros(len(repeated))
+        if name == GAUSSIAN:
             actions, log_prob = actor.sample_with_log_prob(repeated)
-        else:
-            actions = agent.sample(repeated)
-            log_prob = agent.log_prob(repeated, actions)
+        elif name == OWN:
+            log_prob = agent.log_prob(repeated, actions := agent.sample(repeated))
         pieces.append(torch.stack([agent.q(repeated, actions).amin(-1), log_prob]))
     return torch.cat(pieces, -1)
 
@@ -106,7 +101,7 @@ def main(args: Args) -> None:
     agent, trained = multigoal.load_policy(args.checkpoint)
     if not hasattr(agent, "value"):
         raise UserError(f"{args.checkpoint}: {type(agent).__name__} has no exact soft value; expected MEow's")
-    torch.manual_seed(args.seed)
+    torch.manual_seed(0)
     initial, visited = visited_states(agent, trained.env_id, args.states)
     actor = train_actor(agent, torch.cat([initial, visited]), args.actor_steps)
     rows = []
