@@ -26,6 +26,8 @@ FIVE = {f"{x}-v4": [("MEow", f"{x.lower()}_meow", "", "MEow"), ("SAC", f"{x.lowe
 CURVES = {"five_tasks": FIVE, "ablations": {"Hopper-v4": [MEOW, AFFINE, LRS, VANILLA]}}
 CURVES |= {"mixture": {"Hopper-v4": [MEOW, ("MEow's mixture", "mixture_hopper", "", "")]}}
 CURVES |= {"s2ac": {"Hopper-v4": [SAC, ("S²AC(φ, θ)", "s2ac_hopper", "", "")]}, "sb3": {}}
+CURVES["rewrite"] = {"Hopper-v4": [MEOW, ("MEow, present text", "hopper_meow_100k", "", ""), SAC]}
+CURVES["rewrite"]["Hopper-v4"] += [("SAC, present text", "hopper_sac_100k", "", "")]
 for x in ("Pendulum-v1", "Hopper-v4"):
     CURVES["sb3"][x] = [("SAC", f"sb3_{x}", "sac_continuous", ""), ("SAC of SB3", f"sb3_{x}", "benchmark.sb3", "")]
 
@@ -79,6 +81,8 @@ def curves(name: str) -> dict[str, dict[str, tuple[list[dict], dict]]]:
         for method, csv_name, words, algorithm in methods:
             seeds = groups([row for row in read(csv_name) if words in row["command"]], "seed").values()
             runs = [{int(row["step"]): float(row["return"]) for row in own} for own in seeds]
+            if name == "rewrite":  # as far as both texts went
+                runs = [{step: value for step, value in run.items() if step <= 100_000} for run in runs]
             rows = read("learning_curves", folder="reference", env_id=[env_id], algorithm=[algorithm])
             rows = [*groups(rows, "source").values()][0] if rows else []  # of figure 3; only the ablations are of 6
             if runs:
@@ -147,20 +151,20 @@ def draw(name: str) -> None:
     """A panel for each task."""
     found = curves(name)
     columns = min(3, len(found))
-    figure, axes = panels(math.ceil(len(found) / columns), columns)
-    color = colors({f"{method}, mean of the seeds": 0 for methods in found.values() for method in methods})
+    figure, axes = panels(math.ceil(len(found) / columns), columns, (4 + 2.6 / columns, 3.2))  # and a legend
+    color = colors({method: 0 for methods in found.values() for method in methods})
     for ax, (env_id, methods) in zip(axes.flat, found.items(), strict=False):
         ax.set(title=env_id, xlabel="steps", ylabel="return")
         last = max(max(run) for runs, _ in methods.values() for run in runs)
         for method, (runs, paper) in methods.items():
-            label = f"{method}, mean of the seeds"
             for run in runs:
-                ax.plot(run.keys(), run.values(), color=color[label], linewidth=0.4)
+                ax.plot(run.keys(), run.values(), color=color[method], linewidth=0.4)
             steps = sorted(set.intersection(*map(set, runs)))
-            ax.plot(steps, [np.mean([run[s] for run in runs]) for s in steps], color=color[label], lw=2, label=label)
+            means = [np.mean([run[step] for run in runs]) for step in steps]
+            ax.plot(steps, means, color=color[method], linewidth=2, label=f"{method}, mean of the seeds")
             paper = {step: value for step, value in paper.items() if step <= 1.2 * last}
             named = f"{method} in the paper" if paper else None
-            ax.plot(paper.keys(), paper.values(), color=color[label], linestyle="--", label=named)
+            ax.plot(paper.keys(), paper.values(), color=color[method], linestyle="--", label=named)
         ax.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k")
     for ax in axes.flat[len(found) :]:
         ax.remove()
