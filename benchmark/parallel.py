@@ -28,11 +28,10 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import meow_isaacgym
 import sac_isaacgym
-from benchmark import commit, write_csv
+from benchmark import commit, scalars, write_csv
 
 SCRIPTS = dict(meow=meow_isaacgym, sac=sac_isaacgym)
 PARTS = ("policy", "simulator", "buffer", "update")
@@ -60,11 +59,6 @@ class Args:
     """folders of runs whose curves to write instead"""
 
 
-def machine(device: str) -> str:
-    name = torch.cuda.get_device_name() if device == "cuda" else "no GPU"
-    return f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {name}"
-
-
 def measure(args: Args, num_envs: int) -> list[dict]:
     """A row for each algorithm; they share the simulator. One update a step, whatever the preset."""
     flags = ["--sim", args.sim, "--env-id", args.env_id, "--num-envs", str(num_envs), "--device", args.device]
@@ -73,56 +67,53 @@ def measure(args: Args, num_envs: int) -> list[dict]:
     sim = meow_isaacgym.make_sim(settings["meow"], 1)
     sizes, device, rows = (sim.obs_dim, sim.action_dim), settings["meow"].device, []
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    gpu = torch.cuda.get_device_name() if device == "cuda" else "no GPU"
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {gpu}"
     for name, script in SCRIPTS.items():
         setting = settings[name]
         torch.compiler.reset()
-        agent = script.Agent(*sizes, setting)
-        agent.standardizer = script.Standardizer(sim.obs_dim)
-        agent.to(device)
+        agent = script.Agent(*sizes, setting).to(device)
+        agent.standardizer = script.Standardizer(sim.obs_dim).to(device)
         obs, actions = (torch.zeros(num_envs, n, device=device) for n in sizes)
         sample = script.compiled(setting)(agent.sample)
 
-        @script.recorded(setting)
-        @torch.no_grad()
         def act(agent=agent, sample=sample, obs=obs, actions=actions):
             agent.standardizer.update(obs)
             actions.copy_(sample(agent.standardizer(obs)))
 
+        act = script.recorded(setting)(torch.no_grad()(act))
         with tempfile.TemporaryDirectory() as folder:  # the mapping outlives its file
             path = Path(folder, "buffer.bin")
             buffer = script.ReplayBuffer(path, (2 * args.steps + 100) * num_envs, agent, sizes, device)
         update, _, _ = script.make_update(agent, buffer, setting)
 
-        def loop(steps: int, wait, act=act, update=update, buffer=buffer, obs=obs, actions=actions) -> dict[str, float]:
-            """Seconds spent in each part; wait() returns when the device is done."""
-            seconds = dict.fromkeys(PARTS, 0.0)
-            for _ in range(steps):
-                clock = [time.perf_counter()]
-                obs.copy_(sim.obs)
-                act()
-                wait(), clock.append(time.perf_counter())
+        def loop(steps: int, wait, act=act, update=update, buffer=buffer, obs=obs, actions=actions) -> np.ndarray:
+            """Seconds spent in each of PARTS; wait() returns when the device is done."""
+            clock = np.zeros((steps, 5))
+            for now in clock:
+                now[0] = time.perf_counter()
+                obs.copy_(sim.obs), act(), wait()
+                now[1] = time.perf_counter()
                 next_obs, rewards, terminated, _, valid = sim.step(actions)
-                wait(), clock.append(time.perf_counter())
-                buffer.add(valid, obs, actions, rewards, next_obs, terminated)
-                wait(), clock.append(time.perf_counter())
-                update()
-                wait(), clock.append(time.perf_counter())
-                for part, seconds_of in zip(PARTS, np.diff(clock), strict=True):
-                    seconds[part] += seconds_of
-            return seconds
+                wait()
+                now[2] = time.perf_counter()
+                buffer.add(valid, obs, actions, rewards, next_obs, terminated), wait()
+                now[3] = time.perf_counter()
+                update(), wait()
+                now[4] = time.perf_counter()
+            return np.diff(clock).sum(0)
 
         sim.reset()
         loop(50, wait)
         start = time.perf_counter()
-        loop(args.steps, lambda: None)
-        wait()
+        loop(args.steps, lambda: None), wait()
         total = time.perf_counter() - start
         seconds = loop(args.steps, wait)
         row = dict(sim=args.sim, env_id=args.env_id, algo=name, num_envs=num_envs, batch=setting.batch_size)
         row |= dict(steps_per_s=round(num_envs * args.steps / total), updates_per_s=round(args.steps / total, 1))
-        row |= {f"{part}_share": round(seconds[part] / sum(seconds.values()), 3) for part in PARTS}
+        row |= {f"{part}_share": round(x / seconds.sum(), 3) for part, x in zip(PARTS, seconds, strict=True)}
         print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-        rows.append(row | dict(machine=machine(device), commit=commit(), command=shlex.join(sys.argv)))
+        rows.append(row | dict(machine=machine, commit=commit(), command=shlex.join(sys.argv)))
     return rows
 
 
@@ -154,28 +145,24 @@ def walk(run: Path) -> dict[str, float]:
 
 def curves(run: Path) -> list[dict]:
     """Rows of a run's curves, and one of its last checkpoint."""
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    facts = json.loads((run / "args.json").read_text())
-    args = facts["args"]
-    about = dict(env_id=args["env_id"], algo=algorithm(run), seed=args["seed"])
+    facts, rows = json.loads((run / "args.json").read_text()), []
+    about = dict(env_id=facts["args"]["env_id"], algo=algorithm(run), seed=facts["args"]["seed"])
     about |= {key: facts[key] for key in ("machine", "commit", "command")}
-    begin, rows = events.Scalars("losses/qf_loss")[0].wall_time, []
-    for kind in ("charts", "eval"):
-        lengths = {e.step: e.value for e in events.Scalars(f"{kind}/episodic_length")}
-        for e in events.Scalars(f"{kind}/episodic_return"):
-            row = dict(curve="training" if kind == "charts" else "evaluation", step=e.step)
-            row |= {"return": round(e.value, 2), "length": round(lengths[e.step], 1), "distance": ""}
+    begin = scalars(run, "losses/qf_loss")[0].wall_time
+    for curve, kind in dict(training="charts", evaluation="eval").items():
+        ends = zip(scalars(run, f"{kind}/episodic_return"), scalars(run, f"{kind}/episodic_length"), strict=True)
+        for e, length in ends:
+            row = {"curve": curve, "step": e.step, "return": round(e.value, 2), "length": round(length.value, 1)}
             rows.append(row | dict(seconds=round(e.wall_time - begin)) | about)
     last = {key: round(value, 2) for key, value in walk(run).items()}
-    return [*rows, dict(curve="last checkpoint", step=rows[-1]["step"], **last, seconds="") | about]
+    return [*rows, dict(curve="last checkpoint", step=rows[-1]["step"], **last) | about]
 
 
 def main(args: Args) -> None:
-    rows = [row for run in args.runs for row in curves(run)]
-    for num_envs in () if args.runs else args.num_envs:
-        rows += measure(args, num_envs)
-        write_csv(args.csv, rows)  # after each, as a larger one may not fit the memory
-    write_csv(args.csv, rows)
+    rows = []
+    for each in args.runs or args.num_envs:
+        rows += curves(each) if args.runs else measure(args, each)
+        write_csv(args.csv, rows)  # after each, as a larger number of environments may not fit the memory
 
 
 if __name__ == "__main__":
