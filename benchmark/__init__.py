@@ -107,8 +107,33 @@ def run_missing(function: Callable, jobs: dict[tuple, tuple], path: Path, keys: 
 
 def markdown(rows: list[dict]) -> str:
     """A table of rows with the same keys."""
-    lines = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    lines = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)] if rows else []
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def table(rows, by: str, cells: str, across: str = "") -> str:
+    """A line for each value of the columns `by` of a frame; cells "return:0 kl:2": column and digits.
+
+    A cell is the mean (lowest to highest) over n rows, or of a timing, whose rows are turns, the median. With `across`,
+    a column, there is a column for each of its values, without ranges. A column that is not there is empty.
+    """
+    import pandas as pd
+
+    digits = {column: int(n) for column, n in (cell.split(":") for cell in cells.split())}
+    columns, middle = [*by.split(), *across.split()], pd.Series.median if "turn" in rows else pd.Series.mean
+
+    def text(x: pd.Series) -> str:
+        f, x = f"{{:.{digits[x.name]}f}}".format, pd.to_numeric(x).dropna()
+        low, high = f(x.min()), f(x.max())
+        return (f(middle(x)) + (f" ({low} to {high})" if low != high and not across else "")) if len(x) else ""
+
+    groups = rows.reindex(columns=[*columns, *digits]).groupby(columns, sort=False)
+    found = pd.DataFrame({"n": groups.size()} | {column: groups[column].agg(text) for column in digits})
+    if across:  # in the order of the rows; unstack(sort=False) of pandas 2.3 mixes cells up
+        order = found.index.droplevel(across).unique(), found.index.unique(across)
+        found = found[[*digits][0]].unstack(fill_value="").reindex(index=order[0], columns=order[1])
+        found = found.add_prefix("" if across == "algorithm" else f"{across} ")
+    return markdown(found.reset_index().to_dict("records"))
 
 
 def colors(names: Iterable[str]) -> dict[str, str]:

@@ -187,17 +187,22 @@ class Page:
         (self.out / "index.html").write_text(page)
 
 
+def plot_seeds(ax, rows: pd.DataFrame, color: str) -> pd.DataFrame:
+    """Thin lines; returns what all seeds have, a row a step, a column a seed."""
+    each = rows.pivot(index="step", columns="seed", values="return")
+    for seed in each:
+        ax.plot(each[seed].dropna(), color=color, linewidth=0.5, alpha=0.6)
+    return each.dropna()
+
+
 def learning_curves(page: Page, name: str, env_id: str, rows: pd.DataFrame, curves: pd.Series, reps: int) -> None:
     """Picture of one task: each run, each method's mean over the steps that all its seeds have, its references."""
     figure, ((ax,),) = panels(size=(10, 4))
     color = colors(rows["method"].unique())
     for method, own in rows.groupby("method", sort=False):
-        each = own.pivot(index="step", columns="seed", values="return")
-        for seed in each:
-            ax.plot(each[seed].dropna(), color=color[method], linewidth=0.5, alpha=0.6)
-        if len(common := each.dropna()):
+        if len(common := plot_seeds(ax, own, color[method])):
             mean, ends = interval(common.to_numpy().T[:, None], lambda x: x.mean((0, 1)), reps)
-            ax.plot(common.index, mean, color=color[method], linewidth=2, label=f"{method}, seeds: {each.shape[1]}")
+            ax.plot(common.index, mean, color=color[method], linewidth=2, label=f"{method}, seeds: {common.shape[1]}")
             ax.fill_between(common.index, *ends, color=color[method], alpha=0.2)
         for source, reference in references_of(own.iloc[0], curves).items():
             style, label = (":", "10 seeds, SimbaV2") if source == TEN_SEEDS else ("--", "paper")

@@ -36,7 +36,8 @@ from benchmark import NAMES, ROOT, UserError, exit_code, scalars, script_of
 
 PRESETS = tomllib.loads((ROOT / "benchmark" / "presets.toml").read_text())
 STEPS = PRESETS.pop("steps")
-# Steps a second of so many MEow processes together on Hopper-v4 that share one H200 through MPS (docs/speed.md)
+# Steps a second of so many MEow processes in all on Hopper-v4 that share one GPU through MPS, and without it; measured
+# with a prototype of the scripts on one H200
 GPU_RATES, WITHOUT_MPS = {1: 1457, 5: 4043, 15: 7977}, 1_600
 
 
@@ -272,10 +273,8 @@ def main(args: Args) -> int:
     print(f"{estimate(left, args)}\ndone before: {len(cells) - len(left)}", flush=True)
     pipes = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
     if 0 < args.gpu_fraction < 1 and not (pipes / "control").exists():
-        print(
-            "CUDA MPS does not run here: processes take turns on a GPU (15 on one H200 make 1,600 steps/s without it,"
-        )
-        print("8,000 with it). To start it, before the grid: nvidia-cuda-mps-control -d", flush=True)
+        print("CUDA MPS does not run here: processes take turns on a GPU, a fifth as fast as with it where 15 share one.")
+        print("To start it, before the grid: nvidia-cuda-mps-control -d", flush=True)
     if args.dry_run:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` closes the pipe
         print("\n".join(f"{cell['state']:12}{cell['name']} {shlex.join(cell['flags'])}" for cell in cells.values()))
