@@ -273,7 +273,7 @@ def main(args: Args) -> int:
     print(f"{estimate(left, args)}\ndone before: {len(cells) - len(left)}", flush=True)
     pipes = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
     if 0 < args.gpu_fraction < 1 and not (pipes / "control").exists():
-        print("CUDA MPS does not run here: processes take turns on a GPU, a fifth as fast as with it where 15 share one.")
+        print("CUDA MPS does not run here: processes take turns on a GPU, and 15 are five times slower.")
         print("To start it, before the grid: nvidia-cuda-mps-control -d", flush=True)
     if args.dry_run:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` closes the pipe
