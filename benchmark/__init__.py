@@ -86,7 +86,7 @@ def run_missing(function: Callable, jobs: dict[tuple, tuple], path: Path, keys: 
 
     jobs: values of the columns `keys` -> arguments. `workers` processes of one thread each run side by side.
     """
-    rows, failed = read_csv(path), []
+    rows, code = read_csv(path), 0
     have = {tuple(row[key] for key in keys) for row in rows}
     todo = {names: arguments for names, arguments in jobs.items() if tuple(map(str, names)) not in have}
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -98,11 +98,9 @@ def run_missing(function: Callable, jobs: dict[tuple, tuple], path: Path, keys: 
                 write_csv(path, rows)
                 tqdm.write(json.dumps(rows[-1]))
             except (Exception, SystemExit) as e:  # SystemExit: a mistake that a script found
-                failed.append(futures[future])
-                tqdm.write(f"{failed[-1]} failed: {type(e).__name__}: {e}", file=sys.stderr)
-    if failed:
-        print(f"failed: {'; '.join(failed)}", file=sys.stderr)
-    return int(bool(failed))
+                code = 1
+                tqdm.write(f"failed: {futures[future]}: {type(e).__name__}: {e}", file=sys.stderr)
+    return code
 
 
 def markdown(rows: list[dict]) -> str:

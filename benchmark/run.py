@@ -6,7 +6,7 @@
 
 The cost is printed first. grid.json in the folder has the cells and their states, a folder for each cell its log and
 its runs. --resume continues a grid that was interrupted or killed: what is done is not run again, a run continues from
-its last checkpoint, or starts anew where its script cannot resume; cells that the flags add are added. Exit code: 0 all
+its last checkpoint, or starts anew where it has none; cells that the flags add are added. Exit code: 0 all
 done, 1 a cell failed, 2 a mistake in the flags, 130 or 143 interrupted. Runs on this machine, or on the cluster at
 RAY_ADDRESS, whose nodes need folder, scripts and Python at the same paths.
 """
@@ -128,14 +128,13 @@ def run_folders(here: Path) -> list[Path]:
 
 
 def next_command(here: Path, cell: dict) -> list[str] | None:
-    """What is left to do in the cell's folder: None, resume a run, or start (what cannot be resumed is set aside)."""
+    """What is left to do in the cell's folder: None, resume a run, or start (what has no checkpoint is set aside)."""
     script = [sys.executable, cell["script"]]
     for run in run_folders(here)[:1]:
         evaluations, args = scalars(run, "eval/episodic_return"), json.loads((run / "args.json").read_text())["args"]
         if evaluations and evaluations[-1].step >= args.get("total_timesteps", math.inf):
             return None
-        usage = subprocess.run([*script, "--help"], capture_output=True, text=True, cwd=here)
-        if (run / "checkpoint.pt").exists() and "--resume" in usage.stdout:
+        if (run / "checkpoint.pt").exists():
             return [*script, "--resume", str(run.relative_to(here))]
     if (here / "runs").exists():
         (here / "runs").rename(here / f"abandoned-{len(list(here.glob('abandoned-*'))) + 1}")
@@ -189,9 +188,7 @@ def start_ray():
 
 
 def tail(log: Path, size: int = 4096) -> str:
-    with open(log, "rb") as f:
-        f.seek(max(0, log.stat().st_size - size))
-        return f.read().decode(errors="replace").replace("\r", "\n")
+    return log.read_bytes()[-size:].decode(errors="replace").replace("\r", "\n")
 
 
 def fraction(folder: Path, cell: dict) -> float:
@@ -265,8 +262,7 @@ def main(args: Args) -> int:
     if manifest.exists() and not args.resume:
         raise UserError(f"{args.folder} has a grid: --resume continues it")
     if manifest.exists():
-        old = json.loads(manifest.read_text())["cells"]  # of older commits, without "word"
-        cells = merge({cell["name"]: dict(word=cell["script"]) | cell for cell in old}, cells)
+        cells = merge({cell["name"]: cell for cell in json.loads(manifest.read_text())["cells"]}, cells)
     if not cells:
         raise UserError(f"nothing to run: {args.folder} has no grid, and there is no --preset and no --scripts")
     left = [cell for cell in cells.values() if cell["state"] != "done"]

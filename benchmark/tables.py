@@ -7,6 +7,7 @@ each NAME in CURVES. A score is the mean of a run's last five evaluations up to 
 the mean over the seeds; "paper" is the mean of the paper's curve at these steps.
 """
 
+import itertools
 import math
 import re
 from pathlib import Path
@@ -16,7 +17,7 @@ import pandas as pd
 from scipy.stats import norm, t
 
 from benchmark import ROOT, colors, markdown, panels, save_picture, table
-from benchmark.report import ABLATION, PAPER, final, last_step, plot_seeds, references
+from benchmark.report import ABLATION, LAST, PAPER, draw_curves, final, last_step, references
 
 TASKS = ("Hopper", "HalfCheetah", "Walker2d", "Ant", "Humanoid")
 MEOW, SAC = ("MEow", "hopper_meow", "", "MEow"), ("SAC", "hopper_sac", "", "")  # method, CSV, words, paper's curve
@@ -62,11 +63,10 @@ def curves(name: str) -> pd.DataFrame:
     return rows[rows["step"] <= 100_000] if name == "rewrite" else rows  # as far as both texts went
 
 
-def paper_of(own: pd.DataFrame) -> pd.Series:
-    """Step -> return of the paper's curve, of figure 3 (of figure 6 only the ablations), for rows of one method."""
-    task, name = own[["task", "paper"]].iloc[0]
-    known = references()
-    return known.get((PAPER, name, task), known.get((ABLATION, name, task), pd.Series(dtype=float)))
+def paper_of(run: pd.Series) -> dict[str, pd.Series]:
+    """The paper's curve for a row: that of figure 3, or of figure 6, of which are only the ablations."""
+    keys, known = [(source, run["paper"], run["task"]) for source in (PAPER, ABLATION)], references()
+    return {key[0]: known[key] for key in keys if key in known.index.droplevel("step")}
 
 
 def scores(name: str) -> list[dict]:
@@ -74,10 +74,10 @@ def scores(name: str) -> list[dict]:
     for task, rows in curves(name).groupby("task", sort=False):
         last = last_step(rows)
         for method, own in rows.groupby("method", sort=False):
-            x, paper = final(own, last), paper_of(own)
-            steps = sorted(step for step in {*own["step"]} if step <= last)[-5:]
-            there = f"{np.interp(steps, paper.index, paper).mean():.0f}" if len(paper) else ""
-            line = dict(task=task, method=method, steps=f"{last:,}", score=interval([*x]), paper=there)
+            x, steps = final(own, last), sorted(step for step in {*own["step"]} if step <= last)[-LAST:]
+            line = dict(task=task, method=method, steps=f"{last:,}", score=interval([*x]), paper="")
+            for paper in [*paper_of(own.iloc[0]).values()][:1]:
+                line["paper"] = f"{np.interp(steps, paper.index, paper).mean():.0f}"
             lines.append(line | {"each seed": " / ".join(f"{value:.0f}" for value in x)})
     return lines
 
@@ -127,24 +127,17 @@ def tables() -> dict[str, str]:
 
 
 def draw(name: str) -> None:
-    """A panel for each task: each run, each method's mean over the steps that all its seeds have, the paper's."""
+    """A panel for each task."""
     rows = curves(name)
     tasks = rows["task"].unique()
     columns = min(3, len(tasks))
     figure, axes = panels(math.ceil(len(tasks) / columns), columns, (4 + 2.6 / columns, 3.2))  # and a legend
-    color = colors(rows["method"].unique())
-    for ax, task in zip(axes.flat, tasks, strict=False):
-        ax.set(title=task, xlabel="steps", ylabel="return")
-        on_task = rows[rows["task"] == task]
-        for method, own in on_task.groupby("method", sort=False):
-            mean = plot_seeds(ax, own, color[method]).mean(axis=1)
-            ax.plot(mean, color=color[method], linewidth=2, label=f"{method}, mean of the seeds")
-            paper = paper_of(own)[lambda x: x.index <= 1.2 * on_task["step"].max()]  # noqa: B023
-            named = f"{method} in the paper" if len(paper) else None
-            ax.plot(paper, color=color[method], linestyle="--", label=named)
-        ax.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k")
-    for ax in axes.flat[len(tasks) :]:
-        ax.remove()
+    for ax, task in itertools.zip_longest(axes.flat, tasks):
+        if task is None:
+            ax.remove()
+        else:
+            draw_curves(ax, rows[rows["task"] == task], colors(rows["method"].unique()), task, paper_of)
+            ax.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k")
     save_picture(figure, ROOT / f"docs/{name}.png")
 
 

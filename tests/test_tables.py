@@ -25,7 +25,7 @@ def test_scores_are_of_the_last_five_evaluations_that_all_runs_have(monkeypatch)
     points = [(1, 10 * k, float(k)) for k in range(1, 9)] + [(2, 10 * k, 2.0 * k) for k in range(1, 11)]
     rows = pd.DataFrame(points, columns=["seed", "step", "return"]).assign(task="T", method="M")  # to steps 80 and 100
     monkeypatch.setattr(tables, "curves", lambda name: rows)
-    monkeypatch.setattr(tables, "paper_of", lambda own: pd.Series({0: 0.0, 100: 200.0}))
+    monkeypatch.setattr(tables, "paper_of", lambda run: {"paper": pd.Series({0: 0.0, 100: 200.0})})
     (row,) = tables.scores("any")
     assert row["steps"] == "80" and row["each seed"] == "6 / 12" and row["paper"] == "120"  # means at steps 40 to 80
 
