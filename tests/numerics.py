@@ -56,6 +56,30 @@ def update_of(module, agent, args, obs_dim: int = 0):
     return step, learner
 
 
+def critic_step(reference, optimizer, batch, y: torch.Tensor, max_norm: float = 1e9) -> list[torch.Tensor]:
+    """A textbook step of both Q on the targets y (B,). Returns the metrics that all scripts log of it."""
+    q, parameters = reference.q(batch.obs, batch.actions), optimizer.param_groups[0]["params"]
+    loss = torch.nn.functional.mse_loss(torch.cat([q[:, 0], q[:, 1]]), torch.cat([y, y]))
+    optimizer.zero_grad()
+    loss.backward(inputs=parameters)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    optimizer.step()
+    heads = [(q[:, i] - y).square().mean() for i in (0, 1)]
+    return [x.detach() for x in (loss, *heads, *q.mean(0), y.mean(), norm)]
+
+
+@torch.no_grad()
+def polyak(net, target, tau: float) -> None:
+    for p, p_target in zip(net.parameters(), target.parameters(), strict=True):
+        p_target += tau * (p - p_target)
+
+
+def assert_same_parameters(*pairs, rtol: float = 1e-8, atol: float = 1e-11) -> None:
+    for mine, theirs in pairs:
+        for p, p_reference in zip(mine.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(p, p_reference, rtol=rtol, atol=atol)
+
+
 def check_score(module, agent) -> None:
     """A script's `score` is the gradient of min Q / alpha + log |da/du| by finite differences; O 4, D 2, alpha 0.5."""
     obs, u = torch.randn(3, 4, dtype=torch.float64), torch.randn(5, 3, 2, dtype=torch.float64)
