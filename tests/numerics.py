@@ -37,6 +37,14 @@ def random_batch(module, n: int, obs_dim: int, action_dim: int):
     return module.Batch(obs, actions, torch.randn(n, 1).double(), next_obs, (torch.rand(n, 1) < 0.3).double())
 
 
+@torch.no_grad()
+def randomize(net):
+    """The net, with every parameter drawn at random, none as it was initialised."""
+    for p in net.parameters():
+        p.normal_(0, 1 / max(p.shape[-1] if p.dim() > 1 else 4, 4) ** 0.5)
+    return net
+
+
 def update_of(module, agent, args, obs_dim: int = 0):
     """A script's update as step(batch) -> metrics (L,), and what it moves by name. `args.batch_size` is the batch's.
 

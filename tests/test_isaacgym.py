@@ -58,15 +58,11 @@ def args_of(script, steps: int, **more):
     return script.Args(**{**kind, **SHORT, **more})
 
 
-def transitions(buffer) -> list[np.ndarray]:
-    """As they were seen, oldest first as long as the buffer has not wrapped."""
-    size = min(int(buffer.added), buffer.capacity)
-    return [field.numpy() for field in buffer.rows[:size].split(buffer.widths, -1)]
-
-
 def episodes_in(buffer) -> list[tuple[int, int, int, bool]]:
-    """(environment, episode, t, terminated) of its transitions, each within an episode, with its reward."""
-    obs, actions, rewards, next_obs, terminations = transitions(buffer)
+    """(environment, episode, t, terminated) of its transitions, oldest first as long as it has not wrapped: each within
+    an episode, with its reward, as it was seen."""
+    rows = buffer.rows[: min(int(buffer.added), buffer.capacity)].split(buffer.widths, -1)
+    obs, actions, rewards, next_obs, terminations = (field.numpy() for field in rows)
     assert (obs[:, :2] == next_obs[:, :2]).all() and (next_obs[:, 2] == obs[:, 2] + 1).all()
     assert (rewards[:, 0] == fake.reward_of(*next_obs[:, :3].T)).all()
     np.testing.assert_array_equal(next_obs[:, 3], actions[:, 0])  # the action is the one that led there

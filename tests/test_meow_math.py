@@ -10,7 +10,8 @@ import torch
 
 import meow_continuous_action as meow
 import meow_mixture_continuous_action as mixture
-from numerics import action_grid, assert_same_parameters, critic_step, over_grid, polyak, random_batch, update_of
+import numerics
+from numerics import action_grid, over_grid, random_batch, randomize, update_of
 
 COUPLINGS = ("additive", "affine")
 
@@ -19,11 +20,7 @@ def random_agent(obs_dim: int, action_dim: int, coupling: str = "additive", seed
     """An agent in float64 with every parameter drawn at random, none as it was initialised."""
     torch.manual_seed(seed)
     args = meow.Args(alpha=0.4, log_sigma_min=-2.0, log_sigma_max=-1.0, coupling=coupling, **flags)
-    agent = meow.MEow(obs_dim, action_dim, args).double()
-    with torch.no_grad():
-        for p in agent.parameters():
-            p.normal_(0, 1 / max(p.shape[-1] if p.dim() > 1 else 4, 4) ** 0.5)
-    return agent
+    return randomize(meow.MEow(obs_dim, action_dim, args).double())
 
 
 def flow(agent: meow.MEow, obs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -178,12 +175,12 @@ def test_update_against_plain_pytorch(module, clipped):
             v = reference_target.v(batch.next_obs)
             v = torch.minimum(v[:, 0], v[:, 1]) if clipped else (v[:, 0] + v[:, 1]) / 2
             y = batch.rewards[:, 0] + torch.where(batch.terminations[:, 0] == 1, 0.0, 0.9 * v)
-        expected = critic_step(reference, optimizer, batch, y, max_norm=0.5)
+        expected = numerics.critic_step(reference, optimizer, batch, y, max_norm=0.5)
         assert expected[-1] > 0.5  # clipping is in force
-        polyak(reference, reference_target, 0.1)
+        numerics.polyak(reference, reference_target, 0.1)
         torch.testing.assert_close(stats, torch.stack(expected), check_dtype=False, rtol=1e-6, atol=1e-7)
     pairs = (agent, reference), (learner["target"], reference_target.value)
-    assert_same_parameters(*pairs, rtol=1e-9, atol=1e-12)
+    numerics.assert_same_parameters(*pairs, rtol=1e-9, atol=1e-12)
 
 
 def test_gradient_against_finite_differences():

@@ -6,17 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+import numerics
 import sql_continuous_action as sql
-from numerics import (
-    action_grid,
-    assert_same_parameters,
-    check_score,
-    critic_step,
-    float64,
-    polyak,
-    random_batch,
-    update_of,
-)
+from numerics import action_grid, check_score, float64, random_batch, update_of
 
 
 def with_known_q(agent: sql.SQL, function) -> sql.SQL:
@@ -165,13 +157,13 @@ def test_update_against_plain_pytorch():
             q = torch.stack([torch.minimum(*heads) for heads in next_q])  # (5, B)
             next_v = 0.3 * ((q / 0.3).exp().mean(0).log() + 2 * np.log(2))
             y = torch.where(batch.terminations[:, 0] == 1, batch.rewards[:, 0], batch.rewards[:, 0] + 0.9 * next_v)
-        expected = critic_step(reference, q_optimizer, batch, y)
+        expected = numerics.critic_step(reference, q_optimizer, batch, y)
         u = torch.stack([reference.sampler(torch.cat([batch.obs, xi], -1)) for xi in xis])
         fixed, updated = u[:4].detach(), u[4:]
         phi = sql.stein_direction(fixed, sql.score(reference.q, batch.obs, fixed, 0.3), updated.detach())
         sampler_optimizer.zero_grad()
         (-(phi * updated).sum(-1).mean()).backward()
         sampler_optimizer.step()
-        polyak(reference.qf, target, 0.1)
+        numerics.polyak(reference.qf, target, 0.1)
         torch.testing.assert_close(metrics, torch.stack([*expected, phi.norm(dim=-1).mean()]))
-    assert_same_parameters((agent, reference), (learner["target"], target))
+    numerics.assert_same_parameters((agent, reference), (learner["target"], target))
