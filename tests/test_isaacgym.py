@@ -85,10 +85,8 @@ def test_what_reaches_the_buffer(stand_ins, buffers, script, sim, env_id):
 
 def test_rates_of_the_loop(stand_ins):
     """benchmark.parallel: a row for each algorithm, whose parts are shares of the whole."""
-    args = parallel.Args(
-        Path("unused.csv"), sim="isaaclab", env_id="Isaac-Fake-v0", device="cpu", compile="off", steps=20
-    )
-    rows = parallel.measure(args, 6)
+    sim = dict(sim="isaaclab", env_id="Isaac-Fake-v0", device="cpu", compile="off")
+    rows = parallel.measure(parallel.Args(Path("unused.csv"), steps=20, **sim), 6)
     assert [row["algo"] for row in rows] == ["meow", "sac"]
     assert all(row["steps_per_s"] == pytest.approx(6 * row["updates_per_s"], rel=0.02) for row in rows)
     assert all(sum(row[f"{part}_share"] for part in parallel.PARTS) == pytest.approx(1, abs=0.01) for row in rows)
@@ -595,7 +593,8 @@ def test_brax_robot_that_is_not_finite_is_reset_and_not_stored(hopper):
 
 @each_script
 def test_brax_trains_and_replays(hopper, tmp_path, monkeypatch, script):
-    """Every metric is there; an evaluation plays the episodes that were logged: the same starts, the same returns."""
+    """Every metric is there; an evaluation plays the episodes that were logged: the same starts, the same returns.
+    benchmark.parallel writes these curves, and how far the last checkpoint walks."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(script, "make_sim", lambda args, seed: hopper[0])
     flags = ["--env-id=hopper", "--num-envs=4", "--total-timesteps=600", "--batch-size=64", "--buffer-size=800"]
@@ -610,6 +609,11 @@ def test_brax_trains_and_replays(hopper, tmp_path, monkeypatch, script):
     agent, args = script.load_agent(folder / "checkpoint.pt")
     returns, _ = script.evaluate(agent, hopper[0], args)
     assert step == 600 and returns.mean().item() == pytest.approx(value, rel=1e-3, abs=0.01)
+    *_, evaluation, last = parallel.curves(folder)
+    assert (evaluation["curve"], evaluation["step"], last["curve"]) == ("evaluation", 600, "last checkpoint")
+    for name in ("return", "length"):
+        assert evaluation[name] == pytest.approx(last[name], rel=1e-3, abs=0.1)
+    assert 0 < abs(last["distance"]) < 2 and evaluation["algo"] == script.__name__.partition("_")[0]
 
 
 def test_brax_tasks():
