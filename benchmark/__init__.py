@@ -37,23 +37,23 @@ def exit_code(main: Callable, args: type, description: str) -> int:
         return 2
 
 
-def facts(device: str = "cpu") -> dict[str, str]:
-    """How a row of a table is made: commit (empty outside of git), machine with versions, command."""
+def facts(device: str = "cpu", threads: bool = True) -> dict[str, str]:
+    """How a row is made: commit (empty outside of git), machine with torch's threads and versions, command."""
     import torch
 
     have = {found.metadata["Name"].lower(): found.version for found in importlib.metadata.distributions()}
     packages = ("torch", "gymnasium", "mujoco", "numpy", "stable_baselines3", "sbx-rl", "jax", "brax")
-    processor = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), "")
-    gpu = torch.cuda.get_device_name() if device == "cuda" else "no GPU"
-    machine = (
-        f"{platform.machine()}, {processor}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {gpu}; "
-    )
-    machine += ", ".join(f"{name} {have[name]}" for name in packages if name in have)
+    versions = ", ".join(f"{name} {have[name]}" for name in packages if name in have)
+    cpu = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    machine = [platform.machine(), *re.findall("model name.*: (.*)", cpu)[:1], f"{os.cpu_count()} cores"]
+    machine += [f"{torch.get_num_threads()} torch threads"] * threads
+    machine += [torch.cuda.get_device_name() if device == "cuda" else "no GPU"]
     spec = sys.modules["__main__"].__spec__
-    script = ["-m", spec.name] if spec else [sys.argv[0]]
+    script = ["python", "-m", spec.name] if spec else [sys.argv[0]]
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return dict(commit=commit, machine=machine, command=shlex.join(["python", *script, *sys.argv[1:]]))
+    command = shlex.join([*script, *sys.argv[1:]])
+    return dict(commit=commit, machine=f"{', '.join(machine)}; {versions}", command=command)
 
 
 def script_of(word: str) -> tuple[Path, list[str]]:

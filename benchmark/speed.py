@@ -188,7 +188,7 @@ def measure(jobs: list[dict], turns: int) -> list[dict]:
 
 
 def main(args: Args) -> None:
-    about = facts(args.device)
+    about = facts(args.device, threads=False)  # which are a column
     print(f"{about['machine']}\nload before the start: {os.getloadavg()[0]:.2f}")
     rows = []
     for jobs in groups_of(args):

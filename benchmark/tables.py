@@ -59,7 +59,7 @@ def curves(name: str) -> pd.DataFrame:
             rows = read(csv_name)
             rows = rows[rows["command"].str.contains(words, regex=False)]
             parts.append(rows.assign(task=task, method=method, paper=paper))
-    rows = pd.concat(parts).astype({"step": int, "return": float})
+    rows = pd.concat(parts).astype({"step": int, "seed": int, "return": float})
     return rows[rows["step"] <= 100_000] if name == "rewrite" else rows  # as far as both texts went
 
 

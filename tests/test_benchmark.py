@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shlex
 import subprocess
 import sys
 from concurrent.futures import Future
@@ -192,6 +193,7 @@ def test_speed_command(tmp_path):
     rows = read_csv(tmp_path / "new" / "speed.csv")
     assert [(row["implementation"], row["processes"]) for row in rows] == [("MEow", "2"), ("SB3 SAC", "2")] * 2
     assert all(0 < float(row[part]) < 1e5 for row in rows for part in speed.PARTS)
+    assert rows[0]["command"] == shlex.join(["python", *command[1:], "--processes", "2"]) and rows[0]["commit"]
     for row in rows:
         assert 1e3 * int(row["processes"]) / float(row["loop_sps"]) > 0.1 * float(row["update_ms"])
     assert len(re.findall(r"\| Hopper-v4 \| 1 \| .* \| 2 \| 2 \| ", done.stdout)) == 2

@@ -263,6 +263,7 @@ def test_stable_baselines3_in_a_grid(tmp_path):
         assert all(scalars(path, tag) for tag in tags)
         facts, own = (json.loads((each / "args.json").read_text()) for each in (path, ours))
         assert facts.keys() == own.keys() and facts["args"]["total_timesteps"] == 300
+        assert facts["command"].startswith(f"{ROOT}/benchmark/sb3.py --env-id ")
     (ppo,) = (path for path in theirs if "ppo" in path.name)
     agent = PPO.load(ppo / "model.zip", device="cpu")
     env, total, over = sac.make_env("Pendulum-v1"), 0.0, False
