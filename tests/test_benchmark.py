@@ -6,7 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -59,32 +59,10 @@ def test_committed_results_say_how_they_were_made():
             assert all(row["commit"] and "dirty" not in row["commit"] and row["command"] for row in rows), path
 
 
-@pytest.fixture
-def here(monkeypatch) -> None:
-    """Each job of a command runs at once and in this process."""
-
-    class Here:
-        def __init__(self, *args, **kwargs):
-            pass
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *error):
-            pass
-
-        def submit(self, function, *arguments) -> Future:
-            future = Future()
-            future.set_result(function(*arguments))
-            return future
-
-    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", Here)
-
-
 SHORT = "--total-timesteps 200 --learning-starts 160 --buffer-size 1000 --batch-size 32 --eval-episodes 1 --device cpu"
 
 
-def test_goal_maps(tmp_path, monkeypatch, here, capsys):
+def test_goal_maps(tmp_path, monkeypatch, capsys):
     """Runs of two scripts are measured once each, against an optimum whose own row has no error; the page is drawn
     without the runs. What the density is, is read off the command."""
     map_id, mass = "multigoal:MultiGoalAsymmetric-v0", goal_map_optimum.mass
@@ -96,6 +74,7 @@ def test_goal_maps(tmp_path, monkeypatch, here, capsys):
         assert done.returncode == 0, done.stderr
     paths = dict(csv=tmp_path / "new" / "optimum.csv", png=tmp_path / "page.png", episodes=5, jobs=2)
     monkeypatch.setattr(goal_map_optimum, "mass", lambda agent, states: mass(agent, states, 50))
+    monkeypatch.setattr(benchmark, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))  # with this mass
     assert goal_map_optimum.main(goal_map_optimum.Args((tmp_path / "runs",), **paths)) == 0
     rows = {row["algorithm"]: row for row in read_csv(paths["csv"])}
     (spline,) = (row for name, row in rows.items() if "density splines-2" in name)
