@@ -86,7 +86,7 @@ def run_missing(function: Callable, jobs: dict[tuple, tuple], path: Path, keys: 
 
     jobs: values of the columns `keys` -> arguments. `workers` processes of one thread each run side by side.
     """
-    rows, failed = read_csv(path), []
+    rows, code = read_csv(path), 0
     have = {tuple(row[key] for key in keys) for row in rows}
     todo = {names: arguments for names, arguments in jobs.items() if tuple(map(str, names)) not in have}
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -98,17 +98,40 @@ def run_missing(function: Callable, jobs: dict[tuple, tuple], path: Path, keys: 
                 write_csv(path, rows)
                 tqdm.write(json.dumps(rows[-1]))
             except (Exception, SystemExit) as e:  # SystemExit: a mistake that a script found
-                failed.append(futures[future])
-                tqdm.write(f"{failed[-1]} failed: {type(e).__name__}: {e}", file=sys.stderr)
-    if failed:
-        print(f"failed: {'; '.join(failed)}", file=sys.stderr)
-    return int(bool(failed))
+                code = 1
+                tqdm.write(f"failed: {futures[future]}: {type(e).__name__}: {e}", file=sys.stderr)
+    return code
 
 
 def markdown(rows: list[dict]) -> str:
     """A table of rows with the same keys."""
-    lines = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)]
+    lines = [rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows)] if rows else []
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def table(rows, by: str, cells: str, across: str = "") -> str:
+    """A line for each value of the columns `by` of a frame; cells "return:0 kl:2": column and digits.
+
+    A cell is the mean (lowest to highest) over n rows, or of a timing, whose rows are turns, the median. With `across`,
+    a column, there is a column for each of its values, without ranges. A column that is not there is empty.
+    """
+    import pandas as pd
+
+    digits = {column: int(n) for column, n in (cell.split(":") for cell in cells.split())}
+    columns, middle = [*by.split(), *across.split()], pd.Series.median if "turn" in rows else pd.Series.mean
+
+    def text(x: pd.Series) -> str:
+        f, x = f"{{:.{digits[x.name]}f}}".format, pd.to_numeric(x).dropna()
+        low, high = f(x.min()), f(x.max())
+        return (f(middle(x)) + (f" ({low} to {high})" if low != high and not across else "")) if len(x) else ""
+
+    groups = rows.reindex(columns=[*columns, *digits]).groupby(columns, sort=False)
+    found = pd.DataFrame({"n": groups.size()} | {column: groups[column].agg(text) for column in digits})
+    if across:  # in the order of the rows; unstack(sort=False) of pandas 2.3 mixes cells up
+        order = found.index.droplevel(across).unique(), found.index.unique(across)
+        found = found[[*digits][0]].unstack(fill_value="").reindex(index=order[0], columns=order[1])
+        found = found.add_prefix("" if across == "algorithm" else f"{across} ")
+    return markdown(found.reset_index().to_dict("records"))
 
 
 def colors(names: Iterable[str]) -> dict[str, str]:

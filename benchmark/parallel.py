@@ -39,24 +39,15 @@ PARTS = ("policy", "simulator", "buffer", "update")
 
 @dataclasses.dataclass
 class Args:
-    csv: Path
-    """table to write"""
-    sim: Literal["brax", "isaaclab"] = "brax"
-    """simulator"""
-    env_id: str = "ant"
-    """task"""
-    brax_backend: str = "mjx"
-    """physics of brax"""
-    num_envs: tuple[int, ...] = (16, 64, 256)
-    """numbers of environments"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """where everything lives"""
-    compile: Literal["on", "off"] = "on"
-    """torch.compile"""
-    steps: int = 300
-    """steps of all environments that are timed"""
-    runs: tuple[Path, ...] = ()
-    """folders of runs whose curves to write instead"""
+    csv: Path  # table to write
+    sim: Literal["brax", "isaaclab"] = "brax"  # simulator
+    env_id: str = "ant"  # task
+    brax_backend: str = "mjx"  # physics of brax
+    num_envs: tuple[int, ...] = (16, 64, 256)  # numbers of environments
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where everything lives
+    compile: Literal["on", "off"] = "on"  # torch.compile
+    steps: int = 300  # steps of all environments that are timed
+    runs: tuple[Path, ...] = ()  # folders of runs whose curves to write instead
 
 
 def measure(args: Args, num_envs: int) -> list[dict]:

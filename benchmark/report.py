@@ -17,6 +17,7 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -187,24 +188,22 @@ class Page:
         (self.out / "index.html").write_text(page)
 
 
-def learning_curves(page: Page, name: str, env_id: str, rows: pd.DataFrame, curves: pd.Series, reps: int) -> None:
-    """Picture of one task: each run, each method's mean over the steps that all its seeds have, its references."""
-    figure, ((ax,),) = panels(size=(10, 4))
-    color = colors(rows["method"].unique())
+def draw_curves(ax, rows: pd.DataFrame, color: dict, title: str, references: Callable, reps: int = 0) -> None:
+    """Panel of one task: each run, each method's mean over the steps that all its seeds have, its references."""
     for method, own in rows.groupby("method", sort=False):
-        each = own.pivot(index="step", columns="seed", values="return")
+        each, look = own.pivot(index="step", columns="seed", values="return"), dict(color=color[method])
         for seed in each:
-            ax.plot(each[seed].dropna(), color=color[method], linewidth=0.5, alpha=0.6)
-        if len(common := each.dropna()):
-            mean, ends = interval(common.to_numpy().T[:, None], lambda x: x.mean((0, 1)), reps)
-            ax.plot(common.index, mean, color=color[method], linewidth=2, label=f"{method}, seeds: {each.shape[1]}")
-            ax.fill_between(common.index, *ends, color=color[method], alpha=0.2)
-        for source, reference in references_of(own.iloc[0], curves).items():
-            style, label = (":", "10 seeds, SimbaV2") if source == TEN_SEEDS else ("--", "paper")
+            ax.plot(each[seed].dropna(), linewidth=0.5, alpha=0.6, **look)
+        common = each.dropna()
+        ax.plot(common.mean(axis=1), linewidth=2, label=f"{method}, mean of the seeds", **look)
+        if reps and len(common):
+            _, ends = interval(common.to_numpy().T[:, None], lambda x: x.mean((0, 1)), reps)
+            ax.fill_between(common.index, *ends, alpha=0.2, **look)
+        for source, reference in references(own.iloc[0]).items():
+            style, label = (":", "of 10 seeds, SimbaV2") if source == TEN_SEEDS else ("--", "in the paper")
             shown = reference[reference.index <= 1.2 * rows["step"].max()]
-            ax.plot(shown, style, color=color[method], label=f"{method}, {label}" if len(shown) else None)
-    ax.set(title=env_id, xlabel="environment steps", ylabel="evaluation return")
-    page.picture(figure, f"{name}_{env_id}", f"Learning curves on {env_id}")
+            ax.plot(shown, style, label=f"{method} {label}" if len(shown) else None, **look)
+    ax.set(title=title, xlabel="environment steps", ylabel="return")
 
 
 def final_table(page: Page, rows: pd.DataFrame, curves: pd.Series, reps: int) -> None:
@@ -228,11 +227,8 @@ def final_table(page: Page, rows: pd.DataFrame, curves: pd.Series, reps: int) ->
 
 def aggregates(page: Page, name: str, rows: pd.DataFrame, curves: pd.Series, reps: int) -> None:
     """Interquartile mean over the tasks of the paper, table and picture."""
-    full = {
-        env_id: references_of(dict(flags="", algorithm="MEow", env_id=env_id), curves)
-        for env_id in rows["env_id"].unique()
-    }
-    scale = {env_id: found[PAPER].iloc[-1] for env_id, found in full.items() if PAPER in found}
+    paper, ids = curves[PAPER, "MEow"].groupby("env_id").last(), rows["env_id"].unique()
+    scale = {env_id: paper[v4] for env_id in ids if (v4 := re.sub("-v5$", "-v4", env_id)) in paper}
     rows = rows[rows["env_id"].isin([*scale])]
     seeds = rows.groupby(["method", "env_id"], sort=False)["seed"].nunique().unstack().dropna(axis=1)
     page.text("Aggregate scores", "h3")
@@ -281,7 +277,10 @@ def main(args: Args) -> None:
         page.text(name, "h2")
         for env_id, on_task in own.groupby("env_id", sort=False):
             page.text(env_id, "h3")
-            learning_curves(page, name.replace(" ", "_").lower(), env_id, on_task, curves, args.reps)
+            figure, ((ax,),) = panels(size=(10, 4))
+            beside = lambda run: references_of(run, curves)  # noqa: E731
+            draw_curves(ax, on_task, colors(on_task["method"].unique()), env_id, beside, args.reps)
+            page.picture(figure, f"{name.replace(' ', '_').lower()}_{env_id}", f"Learning curves on {env_id}")
         final_table(page, own, curves, args.reps)
         aggregates(page, name.replace(" ", "_").lower(), own, curves, args.reps)
     page.text("Runs", "h2")

@@ -6,7 +6,7 @@
 
 The cost is printed first. grid.json in the folder has the cells and their states, a folder for each cell its log and
 its runs. --resume continues a grid that was interrupted or killed: what is done is not run again, a run continues from
-its last checkpoint, or starts anew where its script cannot resume; cells that the flags add are added. Exit code: 0 all
+its last checkpoint, or starts anew where it has none; cells that the flags add are added. Exit code: 0 all
 done, 1 a cell failed, 2 a mistake in the flags, 130 or 143 interrupted. Runs on this machine, or on the cluster at
 RAY_ADDRESS, whose nodes need folder, scripts and Python at the same paths.
 """
@@ -36,7 +36,8 @@ from benchmark import NAMES, ROOT, UserError, exit_code, scalars, script_of
 
 PRESETS = tomllib.loads((ROOT / "benchmark" / "presets.toml").read_text())
 STEPS = PRESETS.pop("steps")
-# Steps a second of so many MEow processes together on Hopper-v4 that share one H200 through MPS (docs/speed.md)
+# Steps a second of so many MEow processes in all on Hopper-v4 that share one GPU through MPS, and without it; measured
+# with a prototype of the scripts on one H200
 GPU_RATES, WITHOUT_MPS = {1: 1457, 5: 4043, 15: 7977}, 1_600
 
 
@@ -127,14 +128,13 @@ def run_folders(here: Path) -> list[Path]:
 
 
 def next_command(here: Path, cell: dict) -> list[str] | None:
-    """What is left to do in the cell's folder: None, resume a run, or start (what cannot be resumed is set aside)."""
+    """What is left to do in the cell's folder: None, resume a run, or start (what has no checkpoint is set aside)."""
     script = [sys.executable, cell["script"]]
     for run in run_folders(here)[:1]:
         evaluations, args = scalars(run, "eval/episodic_return"), json.loads((run / "args.json").read_text())["args"]
         if evaluations and evaluations[-1].step >= args.get("total_timesteps", math.inf):
             return None
-        usage = subprocess.run([*script, "--help"], capture_output=True, text=True, cwd=here)
-        if (run / "checkpoint.pt").exists() and "--resume" in usage.stdout:
+        if (run / "checkpoint.pt").exists():
             return [*script, "--resume", str(run.relative_to(here))]
     if (here / "runs").exists():
         (here / "runs").rename(here / f"abandoned-{len(list(here.glob('abandoned-*'))) + 1}")
@@ -188,9 +188,7 @@ def start_ray():
 
 
 def tail(log: Path, size: int = 4096) -> str:
-    with open(log, "rb") as f:
-        f.seek(max(0, log.stat().st_size - size))
-        return f.read().decode(errors="replace").replace("\r", "\n")
+    return log.read_bytes()[-size:].decode(errors="replace").replace("\r", "\n")
 
 
 def fraction(folder: Path, cell: dict) -> float:
@@ -264,18 +262,15 @@ def main(args: Args) -> int:
     if manifest.exists() and not args.resume:
         raise UserError(f"{args.folder} has a grid: --resume continues it")
     if manifest.exists():
-        old = json.loads(manifest.read_text())["cells"]  # of older commits, without "word"
-        cells = merge({cell["name"]: dict(word=cell["script"]) | cell for cell in old}, cells)
+        cells = merge({cell["name"]: cell for cell in json.loads(manifest.read_text())["cells"]}, cells)
     if not cells:
         raise UserError(f"nothing to run: {args.folder} has no grid, and there is no --preset and no --scripts")
     left = [cell for cell in cells.values() if cell["state"] != "done"]
     print(f"{estimate(left, args)}\ndone before: {len(cells) - len(left)}", flush=True)
     pipes = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
     if 0 < args.gpu_fraction < 1 and not (pipes / "control").exists():
-        print(
-            "CUDA MPS does not run here: processes take turns on a GPU (15 on one H200 make 1,600 steps/s without it,"
-        )
-        print("8,000 with it). To start it, before the grid: nvidia-cuda-mps-control -d", flush=True)
+        print("CUDA MPS does not run here: processes take turns on a GPU, and 15 are five times slower.")
+        print("To start it, before the grid: nvidia-cuda-mps-control -d", flush=True)
     if args.dry_run:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` closes the pipe
         print("\n".join(f"{cell['state']:12}{cell['name']} {shlex.join(cell['flags'])}" for cell in cells.values()))

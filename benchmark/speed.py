@@ -7,7 +7,7 @@
 Every implementation trains in a process of its own; they are timed in turns, so that a machine that slows down slows
 all of them: an update with the draw of its batch, the choice of an action with its way to the GPU and back, the same as
 an evaluation does it (deterministic, one state, not compiled), and the whole loop, which is the script's own `train`
-without evaluations. Prints medians, ranges and the ratio to MEow; writes one row a turn.
+without evaluations. Prints medians and ranges; writes one row a turn.
 """
 
 import dataclasses
@@ -27,18 +27,18 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import pandas as pd
 import torch
 import tyro
 
-from benchmark import commit, markdown, write_csv
+from benchmark import commit, table, write_csv
 
 SCRIPTS = {"MEow": "meow", "MEow mixture": "meow_mixture", "SAC": "sac", "SQL": "sql", "S2AC": "s2ac"}
 LIBRARIES = {"SB3 SAC": ("stable_baselines3", "eager"), "SBX SAC": ("sbx", "compiled")}
-PARTS = dict(update_ms=("update, ms", 2), act_ms=("act, ms", 3), evaluation_ms=("evaluation, ms", 3))  # header, digits
-PARTS |= dict(loop_sps=("loop, steps/s", 0))
+PARTS = ("update_ms", "act_ms", "evaluation_ms", "loop_sps")
+SIZES = ("batch_size", "num_envs", "processes")
 XLA = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"  # one thread
 WARM_UP = 1_000  # random steps before the first update
-USUAL = dict(batch_size=("batch", 256), num_envs=("envs", 1), processes=("processes", 1))  # column: label, value
 
 
 @dataclasses.dataclass
@@ -152,7 +152,7 @@ def groups_of(args: Args) -> list[list[dict]]:
         chosen = [name for name in args.implementations if name not in LIBRARIES or args.device == "cpu"]
         jobs = {}
         for x in itertools.product(chosen, args.modes, args.batch_sizes, args.num_envs, args.processes):
-            job = dict(env_id=env_id, threads=threads) | dict(zip(("implementation", "mode", *USUAL), x, strict=True))
+            job = dict(env_id=env_id, threads=threads) | dict(zip(("implementation", "mode", *SIZES), x, strict=True))
             job |= dict(mode=LIBRARIES[x[0]][1], num_envs=1) if x[0] in LIBRARIES else {}
             jobs[tuple(job.values())] = job | dict(device=args.device, seconds=args.seconds)
         groups.append(list(jobs.values()))
@@ -190,25 +190,6 @@ def measure(jobs: list[dict], turns: int) -> list[dict]:
     return rows
 
 
-def table(rows: list[dict]) -> str:
-    """Median (range) of each part, and the ratio of the loop's steps a second to those of MEow, compiled, likewise."""
-    groups, lines, usual = {}, [], USUAL | dict(num_seeds=("seeds", 1))  # num_seeds: in tables of older commits
-    for row in rows:
-        more = "".join(f", {label} {row[k]}" for k, (label, x) in usual.items() if str(row.get(k, x)) != str(x))
-        key = (row["env_id"], str(row["threads"]), row["implementation"], more, row["mode"])
-        groups.setdefault(key, []).append(row)
-    for (env_id, threads, name, more, mode), own in groups.items():
-        line = {"task": env_id, "threads": threads, "implementation": name + more, "mode": mode}
-        for part, (head, digits) in ((part, about) for part, about in PARTS.items() if part in own[0]):
-            values = [float(row[part]) for row in own]
-            middle, low, high = (f"{f(values):.{digits}f}" for f in (statistics.median, min, max))
-            line[head] = f"{middle} ({low}–{high})"
-        meow = [float(row["loop_sps"]) for row in groups.get((env_id, threads, "MEow", more, "compiled"), [])]
-        faster = f"{statistics.median(meow) / statistics.median(values):.2f}" if meow else ""  # values: the loop's
-        lines.append(line | {"MEow is faster by": faster})
-    return markdown(lines)
-
-
 def main(args: Args) -> None:
     have = {found.metadata["Name"].lower(): found.version for found in importlib.metadata.distributions()}
     packages = ("torch", "gymnasium", "mujoco", "numpy", "stable_baselines3", "sbx-rl", "jax")
@@ -223,7 +204,8 @@ def main(args: Args) -> None:
         rows += measure(jobs, args.turns)
         if args.csv:  # after every group: what is measured is kept if the rest fails
             write_csv(args.csv, [row | facts for row in rows])
-    print(table(rows))
+    cells = "update_ms:2 act_ms:3 evaluation_ms:3 loop_sps:0"
+    print(table(pd.DataFrame(rows), f"env_id threads implementation mode {' '.join(SIZES)}", cells))
 
 
 if __name__ == "__main__":

@@ -7,15 +7,17 @@ each NAME in CURVES. A score is the mean of a run's last five evaluations up to 
 the mean over the seeds; "paper" is the mean of the paper's curve at these steps.
 """
 
+import itertools
 import math
 import re
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from scipy.stats import norm, t
 
-from benchmark import ROOT, colors, markdown, panels, read_csv, save_picture
+from benchmark import ROOT, colors, markdown, panels, save_picture, table
+from benchmark.report import ABLATION, LAST, PAPER, draw_curves, final, last_step, references
 
 TASKS = ("Hopper", "HalfCheetah", "Walker2d", "Ant", "Humanoid")
 MEOW, SAC = ("MEow", "hopper_meow", "", "MEow"), ("SAC", "hopper_sac", "", "")  # method, CSV, words, paper's curve
@@ -32,39 +34,14 @@ for x in ("Pendulum-v1", "Hopper-v4"):
     CURVES["sb3"][x] = [("SAC", f"sb3_{x}", "sac_continuous", ""), ("SAC of SB3", f"sb3_{x}", "benchmark.sb3", "")]
 
 
-def read(*names: str, folder: str = "results", **wanted: list[str]) -> list[dict]:
-    """Rows of the CSVs, none of one that is not there, whose columns have one of the wanted values."""
-    rows = (row for name in names for row in read_csv(ROOT / f"benchmark/{folder}/{name}.csv"))
-    return [row for row in rows if all(row[column] in values for column, values in wanted.items())]
-
-
-def groups(rows: list[dict], columns: str) -> dict[tuple, list[dict]]:
-    found = defaultdict(list)
-    for row in rows:
-        found[tuple(row[column] for column in columns.split())].append(row)
-    return found
-
-
-def mean(rows: list[dict], column: str, digits: int) -> str:
-    """Mean (lowest to highest) over the rows; of a timing, whose rows are turns, the median."""
-    x = [float(row[column]) for row in rows if row[column] != ""]
-    middle = np.median(x) if "turn" in rows[0] else sum(x) / max(len(x), 1)
-    low, high = (f"{f(x, default=0):.{digits}f}" for f in (min, max))
-    return (f"{middle:.{digits}f}" + (f" ({low} to {high})" if low != high else "")) if x else ""
-
-
-def table(rows: list[dict], by: str, cells: str, across: str = "") -> str:
-    """A line for each value of the columns `by`; cells "return:0 kl:2": column and digits, for each value of across."""
-    lines = []
-    for key, own in groups(rows, by).items():
-        line = dict(zip(by.split(), key, strict=True)) | ({} if across else {"n": len(own)})
-        for value, part in groups(own, across).items():
-            for column, digits in (cell.split(":") for cell in cells.split()):
-                head = f"{across} {value[0]}".removeprefix("algorithm ") if across else column
-                text = mean(part, column, int(digits))
-                line[head] = text.partition(" (")[0] if across else text  # many columns: no ranges
-        lines.append(line)
-    return markdown(lines)
+def read(*names: str, **wanted: list[str]) -> pd.DataFrame:
+    """Rows of the CSVs, as text, none of one that is not there, whose columns have one of the wanted values."""
+    paths = (ROOT / f"benchmark/results/{name}.csv" for name in names)
+    frames = (pd.read_csv(path, dtype=str, keep_default_na=False) for path in paths if path.exists())
+    rows = pd.concat([pd.DataFrame(columns=["command"]), *frames])
+    for column, values in wanted.items():
+        rows = rows[rows[column].isin(values)]
+    return rows
 
 
 def interval(x: list[float]) -> str:
@@ -74,41 +51,44 @@ def interval(x: list[float]) -> str:
     return f"{np.mean(x):.0f} ({np.mean(x) - half:.0f} to {np.mean(x) + half:.0f})"
 
 
-def curves(name: str) -> dict[str, dict[str, tuple[list[dict], dict]]]:
-    """Task -> method -> step -> return, of each seed and of the paper. Methods that have not run are left out."""
-    found = defaultdict(dict)
-    for env_id, methods in CURVES[name].items():
-        for method, csv_name, words, algorithm in methods:
-            seeds = groups([row for row in read(csv_name) if words in row["command"]], "seed").values()
-            runs = [{int(row["step"]): float(row["return"]) for row in own} for own in seeds]
-            if name == "rewrite":  # as far as both texts went
-                runs = [{step: value for step, value in run.items() if step <= 100_000} for run in runs]
-            rows = read("learning_curves", folder="reference", env_id=[env_id], algorithm=[algorithm])
-            rows = [*groups(rows, "source").values()][0] if rows else []  # of figure 3; only the ablations are of 6
-            if runs:
-                found[env_id][method] = runs, {int(row["step"]): float(row["mean_return"]) for row in rows}
-    return found
+def curves(name: str) -> pd.DataFrame:
+    """The evaluations of each task's methods; "paper" is the name of the paper's curve."""
+    parts = []
+    for task, methods in CURVES[name].items():
+        for method, csv_name, words, paper in methods:
+            rows = read(csv_name)
+            rows = rows[rows["command"].str.contains(words, regex=False)]
+            parts.append(rows.assign(task=task, method=method, paper=paper))
+    rows = pd.concat(parts).astype({"step": int, "return": float})
+    return rows[rows["step"] <= 100_000] if name == "rewrite" else rows  # as far as both texts went
+
+
+def paper_of(run: pd.Series) -> dict[str, pd.Series]:
+    """The paper's curve for a row: that of figure 3, or of figure 6, of which are only the ablations."""
+    keys, known = [(source, run["paper"], run["task"]) for source in (PAPER, ABLATION)], references()
+    return {key[0]: known[key] for key in keys if key in known.index.droplevel("step")}
 
 
 def scores(name: str) -> list[dict]:
     lines = []
-    for env_id, methods in curves(name).items():
-        last = min(max(run) for runs, _ in methods.values() for run in runs)  # the step that all have
-        for method, (runs, paper) in methods.items():
-            steps = [sorted(step for step in run if step <= last)[-5:] for run in runs]
-            x = [float(np.mean([run[step] for step in own])) for run, own in zip(runs, steps, strict=True)]
-            there = f"{np.interp(steps[0], [*paper], [*paper.values()]).mean():.0f}" if paper else ""
-            line = dict(task=env_id, method=method, steps=f"{last:,}", score=interval(x), paper=there)
+    for task, rows in curves(name).groupby("task", sort=False):
+        last = last_step(rows)
+        for method, own in rows.groupby("method", sort=False):
+            x, steps = final(own, last), sorted(step for step in {*own["step"]} if step <= last)[-LAST:]
+            line = dict(task=task, method=method, steps=f"{last:,}", score=interval([*x]), paper="")
+            for paper in [*paper_of(own.iloc[0]).values()][:1]:
+                line["paper"] = f"{np.interp(steps, paper.index, paper).mean():.0f}"
             lines.append(line | {"each seed": " / ".join(f"{value:.0f}" for value in x)})
     return lines
 
 
 def five_tasks() -> str:
-    lines = []
-    for (task, steps), (meow, *sac) in groups(scores("five_tasks"), "task steps").items():
-        line = {"task": task, "steps": steps, "MEow here": meow["score"], "MEow in the paper": meow["paper"]}
-        lines.append(line | {"SAC here": sac[0]["score"] if sac else ""})
-    return markdown(lines)
+    lines = {}
+    for row in scores("five_tasks"):  # of a task MEow's comes first
+        line = lines.setdefault(row["task"], {key: row[key] for key in ("task", "steps")})
+        here = {"MEow here": row["score"], "MEow in the paper": row["paper"], "SAC here": ""}
+        line |= here if row["method"] == "MEow" else {"SAC here": row["score"]}
+    return markdown([*lines.values()])
 
 
 def clamp() -> str:
@@ -125,8 +105,7 @@ def tables() -> dict[str, str]:
     """Name -> Markdown."""
     found = {name: markdown(scores(name)) for name in CURVES} | {"readme": five_tasks(), "clamp": clamp()}
     rows = read("truth_presets")
-    for row in rows:
-        row["least_goal_%"] = min(map(int, row["goals"].split(" / "))) / 4  # of 400 rollouts
+    rows["least_goal_%"] = [min(map(int, goals.split(" / "))) / 4 for goals in rows["goals"]]  # of 400 rollouts
     found["goals"] = table(rows, "env_id algorithm", "least_goal_%:0 return:0 v_origin:1 optimum_origin:1 rmse:1 kl:2")
     found["temperatures"] = table(read("truth"), "env_id alpha", "kl:2", "algorithm")
     rows = read("estimation_multigoal", "estimation_hopper", states=["visited"], M=["1", "16", "1024"])
@@ -149,25 +128,16 @@ def tables() -> dict[str, str]:
 
 def draw(name: str) -> None:
     """A panel for each task."""
-    found = curves(name)
-    columns = min(3, len(found))
-    figure, axes = panels(math.ceil(len(found) / columns), columns, (4 + 2.6 / columns, 3.2))  # and a legend
-    color = colors({method: 0 for methods in found.values() for method in methods})
-    for ax, (env_id, methods) in zip(axes.flat, found.items(), strict=False):
-        ax.set(title=env_id, xlabel="steps", ylabel="return")
-        last = max(max(run) for runs, _ in methods.values() for run in runs)
-        for method, (runs, paper) in methods.items():
-            for run in runs:
-                ax.plot(run.keys(), run.values(), color=color[method], linewidth=0.4)
-            steps = sorted(set.intersection(*map(set, runs)))
-            means = [np.mean([run[step] for run in runs]) for step in steps]
-            ax.plot(steps, means, color=color[method], linewidth=2, label=f"{method}, mean of the seeds")
-            paper = {step: value for step, value in paper.items() if step <= 1.2 * last}
-            named = f"{method} in the paper" if paper else None
-            ax.plot(paper.keys(), paper.values(), color=color[method], linestyle="--", label=named)
-        ax.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k")
-    for ax in axes.flat[len(found) :]:
-        ax.remove()
+    rows = curves(name)
+    tasks = rows["task"].unique()
+    columns = min(3, len(tasks))
+    figure, axes = panels(math.ceil(len(tasks) / columns), columns, (4 + 2.6 / columns, 3.2))  # and a legend
+    for ax, task in itertools.zip_longest(axes.flat, tasks):
+        if task is None:
+            ax.remove()
+        else:
+            draw_curves(ax, rows[rows["task"] == task], colors(rows["method"].unique()), task, paper_of)
+            ax.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k")
     save_picture(figure, ROOT / f"docs/{name}.png")
 
 

@@ -8,7 +8,6 @@ import sys
 from concurrent.futures import Future
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -102,14 +101,14 @@ def test_goal_maps(tmp_path, monkeypatch, here, capsys):
     assert len(rows) == 2 and abs(float(spline["mass"]) - 1) < 0.01
     for row in rows.values():
         assert (row["env_id"], float(row["alpha"]), row["seed"], row["steps"]) == (map_id, 3.0, "2", "200")
-        assert float(row["kl"]) > 0.1 and float(row["rmse"]) > 0 and int(row["reached_after_hit"]) <= int(row["hits"])
+        assert float(row["kl"]) > 0.1 and float(row["rmse"]) > 0 and int(row["reached"]) <= 5
     printed = capsys.readouterr().out
     (best,) = (line.split(" | ") for line in printed.splitlines() if "| optimum |" in line)
-    assert best[10:12] == ["0.0", "0.00"] and paths["png"].stat().st_size > 20_000
+    assert best[9:11] == ["0.0", "0.00"] and paths["png"].stat().st_size > 20_000
 
     paths["png"].unlink()
     assert goal_map_optimum.main(goal_map_optimum.Args(**paths)) == 0 and paths["png"].exists()
-    assert "seconds" not in capsys.readouterr().out
+    assert '"seconds"' not in capsys.readouterr().out
 
 
 def test_labels_of_runs(tmp_path):
@@ -122,30 +121,6 @@ def test_labels_of_runs(tmp_path):
         args = dict(env_id="m", alpha=1, seed=3) | args
         (tmp_path / "args.json").write_text(json.dumps(dict(command=command, args=args)))
         assert goal_map_optimum.key_of(tmp_path) == (expected, "m", 1.0, 3)
-
-
-def test_tables_of_committed_results(monkeypatch):
-    """Means over the seeds, by hand; also of the densities, whose table lacks columns."""
-    best = dict(goals="0", length=0, v_origin=0, rmse=0, kl=0, hits="") | {"return": 0}
-    monkeypatch.setattr(goal_map_optimum, "optimum", lambda *args: (best, None))  # takes long to compute
-    for name, key in (("truth.csv", "algorithm"), ("truth_presets.csv", "algorithm"), ("densities.csv", "trial")):
-        rows = read_csv(RESULTS / name)
-        lines = [line.split(" | ") for line in goal_map_optimum.table(rows).splitlines()[2:]]
-        first = rows[0]
-        same = [
-            r
-            for r in rows
-            if (r[key], r.get("env_id"), r.get("alpha")) == (first[key], first.get("env_id"), first.get("alpha"))
-        ]
-        kl = np.mean([float(row["kl"]) for row in same])
-        alpha = float(first.get("alpha", 2.5))
-        assert any(
-            line[2] == first[key] and float(line[1]) == alpha and line[11].startswith(f"{kl:.2f}") for line in lines
-        )
-    table = entropy.table(read_csv(RESULTS / "entropy.csv"))
-    assert "| paper | 3.413 |" in table and len(table.splitlines()) == 2 + len(entropy.targets())
-    for path in RESULTS.glob("speed*.csv"):
-        assert len(speed.table(read_csv(path)).splitlines()) > 2
 
 
 @pytest.mark.parametrize("name", [name for name in densities.DENSITIES if "wide" not in name])
@@ -219,7 +194,7 @@ def test_speed_command(tmp_path):
     assert all(0 < float(row[part]) < 1e5 for row in rows for part in speed.PARTS)
     for row in rows:
         assert 1e3 * int(row["processes"]) / float(row["loop_sps"]) > 0.1 * float(row["update_ms"])
-    assert len(re.findall(r"\| Hopper-v4 \| 1 \| ", done.stdout)) == 2
+    assert len(re.findall(r"\| Hopper-v4 \| 1 \| .* \| 2 \| 2 \| ", done.stdout)) == 2
 
 
 def test_speed_of_a_variant(monkeypatch):
@@ -236,16 +211,3 @@ def test_speed_that_fails_says_why(capfd):
     job = dict(env_id="No-v0", threads=1, device="cpu", seconds=0.1, mode="eager", batch_size=8, num_envs=1)
     with pytest.raises(SystemExit, match="No-v0"):
         speed.measure([job | dict(implementation="SAC", processes=1)], 1)
-
-
-def test_speed_table():
-    """Medians and ratios of known numbers."""
-    rows = [
-        dict(env_id="T", threads=1, implementation=name, mode="compiled", batch_size=256, num_envs=1, processes=1)
-        | dict(turn=k, update_ms=2.0 + k, act_ms=0.5, loop_sps=sps + k)
-        for k in range(3)
-        for name, sps in (("MEow", 300.0), ("SAC", 200.0))
-    ]
-    lines = speed.table(rows).splitlines()[2:]
-    assert lines[0] == "| T | 1 | MEow | compiled | 3.00 (2.00–4.00) | 0.500 (0.500–0.500) | 301 (300–302) | 1.00 |"
-    assert lines[1].endswith(f"| 201 (200–202) | {301 / 201:.2f} |")

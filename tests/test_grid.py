@@ -151,14 +151,11 @@ def test_cell_is_run_once_and_resumed_where_steps_are_left(tmp_path, cell):
     assert list(steps(tmp_path).values()) == [list(range(10, 81, 10))]
 
 
-def test_run_of_a_script_without_resume_starts_anew(tmp_path, cell):
-    cell["script"] = str(tmp_path / "old_script.py")
-    Path(cell["script"]).write_text(
-        Path(FAKE).read_text().replace('parser.add_argument("--resume")', "").replace("args.resume", "0")
-    )
+def test_run_without_a_checkpoint_starts_anew(tmp_path, cell):
     run.run_cell(tmp_path, cell, 1.0, 0.0)
     (folder,) = run.run_folders(tmp_path / "c")
     longer(folder)
+    (folder / "checkpoint.pt").unlink()
     run.run_cell(tmp_path, cell, 1.0, 0.0)
     assert "--resume" not in commands(tmp_path, "c")[1]
     assert run.run_folders(tmp_path / "c") != [folder] and (tmp_path / "c" / "abandoned-1" / folder.name).is_dir()

@@ -3,9 +3,10 @@
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from benchmark import tables
+from benchmark import table, tables
 
 
 def test_pages_are_what_the_command_writes():
@@ -21,10 +22,21 @@ def test_every_table_and_picture_stands_in_a_page():
 
 
 def test_scores_are_of_the_last_five_evaluations_that_all_runs_have(monkeypatch):
-    runs = [{10 * k: float(k) for k in range(1, 9)}, {10 * k: 2.0 * k for k in range(1, 11)}]  # to steps 80 and 100
-    monkeypatch.setattr(tables, "curves", lambda name: {"Hopper-v4": {"MEow": (runs, {0: 0.0, 100: 200.0})}})
+    points = [(1, 10 * k, float(k)) for k in range(1, 9)] + [(2, 10 * k, 2.0 * k) for k in range(1, 11)]
+    rows = pd.DataFrame(points, columns=["seed", "step", "return"]).assign(task="T", method="M")  # to steps 80 and 100
+    monkeypatch.setattr(tables, "curves", lambda name: rows)
+    monkeypatch.setattr(tables, "paper_of", lambda run: {"paper": pd.Series({0: 0.0, 100: 200.0})})
     (row,) = tables.scores("any")
     assert row["steps"] == "80" and row["each seed"] == "6 / 12" and row["paper"] == "120"  # means at steps 40 to 80
+
+
+def test_table():
+    """Means and ranges of texts, empty cells and columns, medians of turns, a column across; none of no rows."""
+    rows = pd.DataFrame(dict(a=["y", "y", "x", "y"], b=list("qpqq"), c=["1", "2", "", "6"]))
+    assert table(rows, "a", "c:1 d:2").splitlines()[2:] == ["| y | 3 | 3.0 (1.0 to 6.0) |  |", "| x | 1 |  |  |"]
+    assert "| y | 3 | 2 (1 to 6) |" in table(rows.assign(turn=0), "a", "c:0")
+    assert table(rows, "a", "c:1", "b") == "| a | b q | b p |\n| --- | --- | --- |\n| y | 3.5 | 2.0 |\n| x |  |  |"
+    assert table(rows[:0], "a", "c:1") == ""
 
 
 def test_interval_is_students():

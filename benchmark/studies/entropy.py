@@ -15,12 +15,13 @@ import shlex
 import sys
 from pathlib import Path
 
+import pandas as pd
 import torch
 import tyro
 from torch.distributions import Categorical, Distribution, MixtureSameFamily, MultivariateNormal, Normal
 
 import s2ac_continuous_action as s2ac
-from benchmark import PALETTE, commit, markdown, panels, save_picture, write_csv
+from benchmark import PALETTE, commit, panels, save_picture, table, write_csv
 
 START, EPS, PAPER = Normal(0.0, 6.0**0.5), 0.5, dict(particles=200, steps=200, sigma=5.0)
 SWEEPS = {
@@ -77,19 +78,6 @@ def draw(rows: list[dict], path: Path) -> None:
     save_picture(figure, path)
 
 
-def table(rows: list[dict]) -> str:
-    """Exact entropies, and what is estimated by bandwidth, in the paper's setting otherwise."""
-    lines = []
-    for target in dict.fromkeys(row["target"] for row in rows):
-        by_sigma = {str(r["sigma"]): r for r in rows if (r["target"], r["varied"]) == (target, "sigma")}
-        paper = by_sigma[str(PAPER["sigma"])]
-        line = {"target": target, "exact": f"{float(paper['exact']):.3f}"}
-        for sigma, r in by_sigma.items():
-            line[f"sigma {sigma}"] = f"{float(r['estimate']):.2f} ± {float(r['spread']):.2f}"
-        lines.append(line | {"Gaussian of the particles": f"{float(paper['particles_entropy']):.2f}"})
-    return markdown(lines)
-
-
 def main(args: Args) -> None:
     torch.manual_seed(args.seed)
     facts = dict(commit=commit(), command=shlex.join(["python", "-m", "benchmark.studies.entropy", *sys.argv[1:]]))
@@ -105,7 +93,8 @@ def main(args: Args) -> None:
             row["particles_entropy"] = MultivariateNormal(torch.zeros(2), covariance).entropy().mean().item()
             rows.append({k: float(f"{x:.5g}") if isinstance(x, float) else x for k, x in row.items()} | facts)
     write_csv(args.csv, rows)
-    print(table(rows))
+    frame = pd.DataFrame(rows)
+    print(table(frame[frame["varied"] == "sigma"], "target exact", "estimate:2", "sigma"))
     if args.png is not None:
         draw(rows, args.png)
 

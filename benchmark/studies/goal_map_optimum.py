@@ -4,33 +4,31 @@
     python -m benchmark.studies.goal_map_optimum runs/maps --csv runs/maps/optimum.csv --png runs/maps/optimum.png
 
 Measures the last checkpoint of each run by multigoal.measure: rollouts of sampled actions, V against soft value
-iteration, KL(pi || pi*) at the map's states by a histogram; then rollouts of 30 steps with the wall up, counting those
-that run into it and reach a goal all the same. Of densities in closed form also the least integral of pi over the box
-at those states: what is missing from 1 lies in spikes narrower than a cell or, of a flow through tanh, at |a| = 1.
+iteration, KL(pi || pi*) at the map's states by a histogram. Of densities in closed form also the least integral of pi
+over the box at those states: what is missing from 1 lies in spikes narrower than a cell or, of a flow through tanh, at
+|a| = 1.
 Prints a table and draws a page: V and 20 trajectories of each algorithm's first seed beside the optimum's, kept in a
 folder beside the CSV, of its name. Runs that are in the CSV are not measured again.
 """
 
 import dataclasses
-import functools
 import json
 import re
 import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import pandas as pd
 import torch
 
 import multigoal
-from benchmark import UserError, exit_code, markdown, panels, read_csv, run_missing, save_picture, word_of
+from benchmark import UserError, exit_code, panels, run_missing, save_picture, table, word_of
 from benchmark.report import describe, folders_of
 from benchmark.studies import densities
 
 KEYS = ("algorithm", "env_id", "alpha", "seed")
-HEADS = {"return": "return", "length": "length", "V(0,0)": "v_origin", "RMSE of V": "rmse"}  # header: column
 
 
 @dataclasses.dataclass
@@ -67,7 +65,7 @@ def measure(run: Path, csv: Path, episodes: int) -> dict:
     saved(csv, *key).parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(saved(csv, *key), *paths, v=v)
     row = dict(zip(KEYS, key, strict=True), gamma=trained.gamma, steps=trained.total_timesteps, episodes=episodes)
-    row |= outcomes(trained.env_id, measured.rollouts, multigoal.policy_of(agent), episodes)
+    row |= outcomes(trained.env_id, measured.rollouts)
     row |= dict(v_origin=round(measured.v_origin, 1), optimum_origin=round(float(measured.optimum_origin), 1))
     row |= dict(rmse=round(measured.rmse, 1), kl=round(float(measured.kl.mean()), 3))
     row |= dict(mass=f"{mass(agent, multigoal.STATES[trained.env_id]):.6f}" if hasattr(agent, "log_prob") else "")
@@ -84,73 +82,49 @@ def mass(agent: torch.nn.Module, states: tuple, cells: int = 400) -> float:
     return min(4 * log_prob.double().exp().mean().item() for log_prob in log_probs)
 
 
-def outcomes(env_id: str, rollouts: multigoal.Rollouts, policy: Callable, episodes: int) -> dict:
-    """Columns of the CSV: goals reached, in all and each, mean return and length; rollouts that run into the wall, and
-    how many of these reach a goal within 30 steps."""
+def outcomes(env_id: str, rollouts: multigoal.Rollouts) -> dict:
+    """Columns of the CSV: goals reached, in all and each, mean return and length."""
     goals = [int((rollouts.goals == g).sum()) for g in range(len(gym.make(env_id).unwrapped.goals))]
     row = dict(reached=sum(goals), goals=" / ".join(map(str, goals)))
-    row |= {"return": round(float(rollouts.returns.mean()), 1), "length": round(float(rollouts.lengths.mean()), 2)}
-    walled = multigoal.rollout(gym.make(env_id, obstacle=True, max_episode_steps=30), policy, episodes)
-    return row | dict(hits=int(walled.hits.sum()), reached_after_hit=int((walled.hits & (walled.goals >= 0)).sum()))
+    return row | {
+        "return": round(float(rollouts.returns.mean()), 1),
+        "length": round(float(rollouts.lengths.mean()), 2),
+    }
 
 
 def optimum(env_id: str, alpha: float, gamma: float, episodes: int) -> tuple[dict, multigoal.Rollouts]:
     """The row of the optimal policy, and its rollouts."""
     best = multigoal.optimum_of(env_id, alpha, gamma)
-    policy = functools.partial(best.policy, rng=np.random.default_rng(0))
-    rollouts = multigoal.rollout(gym.make(env_id), policy, episodes)
+    rng = np.random.default_rng(0)
+    rollouts = multigoal.rollout(gym.make(env_id), lambda obs: best.policy(obs, rng), episodes)
     row = dict(algorithm="optimum", v_origin=best.v(np.zeros((1, 2)))[0], rmse=0, kl=0)
-    return row | outcomes(env_id, rollouts, policy, episodes), rollouts
+    return row | outcomes(env_id, rollouts), rollouts
 
 
-def cells_of(rows: list[dict]) -> dict[tuple[str, float, float], dict[str, list[dict]]]:
-    """(map, alpha, gamma) -> algorithm -> its rows by seed. Tables of densities of older commits lack these columns."""
-    cells, older = {}, dict(env_id=multigoal.MAPS[0], alpha=2.5, gamma=0.9, episodes=400)
-    for row in (older | row for row in rows):
-        row["algorithm"] = row.get("algorithm") or row["trial"]
-        cell = cells.setdefault((row["env_id"], float(row["alpha"]), float(row["gamma"])), {})
-        cell.setdefault(row["algorithm"], []).append(row)
-    return dict(sorted(cells.items()))
+def summary(rows: pd.DataFrame) -> str:
+    """A line an algorithm, over its seeds, and the optimum's, for each map and temperature."""
+    best = []
+    for key, own in rows.groupby(["env_id", "alpha", "gamma"]):
+        episodes = int(own["episodes"].iloc[0])
+        best.append(optimum(*key, episodes)[0] | dict(env_id=key[0], alpha=key[1], episodes=episodes))
+    rows = pd.concat([rows, pd.DataFrame(best)]).sort_values(["env_id", "alpha"], kind="stable", ignore_index=True)
+    goals, percent = rows["goals"].str.split(" / ", expand=True).astype(float), 100 / rows["episodes"]
+    rows["reach_a_goal_%"], rows["least_goal_%"] = goals.sum(axis=1) * percent, goals.min(axis=1) * percent
+    cells = "reach_a_goal_%:0 least_goal_%:0 return:1 length:1 v_origin:1 rmse:1 kl:2 mass:4 seconds:0"
+    return table(rows, "env_id alpha algorithm", cells)
 
 
-def spread(rows: list[dict], key: str, digits: int) -> str:
-    """Mean and, of several, range of a column that may be empty."""
-    x = [float(row[key]) for row in rows if row.get(key, "") != ""]
-    mean = f"{np.mean(x):.{digits}f}" if x else ""
-    return mean if len(x) < 2 else f"{mean} ({min(x):.{digits}f} to {max(x):.{digits}f})"
-
-
-def table(rows: list[dict]) -> str:
-    """A row an algorithm, over its seeds, and the optimum's, for each map and temperature."""
-    lines = []
-    for (env_id, alpha, gamma), algorithms in cells_of(rows).items():
-        episodes = int(next(iter(algorithms.values()))[0]["episodes"])
-        best = optimum(env_id, alpha, gamma, episodes)[0]
-        for algorithm, runs in [*algorithms.items(), ("optimum", [best])]:
-            goals = np.array([row["goals"].split(" / ") for row in runs], dtype=float) * 100 / episodes
-            hits, after = (np.array([int(row.get(k) or 0) for row in runs]) for k in ("hits", "reached_after_hit"))
-            line = dict(map=env_id.partition(":")[2], alpha=f"{alpha:g}", algorithm=algorithm)
-            line |= {"seeds": "" if algorithm == "optimum" else len(runs)}
-            line |= {"reach a goal, %": f"{goals.sum(1).mean():.0f}", "least, %": f"{goals.min():.0f}"}
-            line |= {"each goal, %": " / ".join(f"{x:.0f}" for x in goals.mean(0))}
-            line |= {head: spread(runs, key, 1) for head, key in HEADS.items()} | {"KL, nats": spread(runs, "kl", 2)}
-            line["hit the wall, %"] = f"{100 * hits.mean() / episodes:.0f}"
-            line["then reach a goal, %"] = f"{100 * after.sum() / hits.sum():.0f}" if hits.any() else ""
-            lines.append(line | {"mass in the box": spread(runs, "mass", 4), "time, s": spread(runs, "seconds", 0)})
-    return markdown(lines)
-
-
-def draw(args: Args, rows: list[dict]) -> None:
+def draw(args: Args, rows: pd.DataFrame) -> None:
     """The page: a row of panels for each map and temperature, a column for the optimum and each algorithm."""
-    cells = cells_of(rows)
-    columns = ["optimum", *dict.fromkeys(algorithm for cell in cells.values() for algorithm in cell)]
+    cells, columns = rows.groupby(["env_id", "alpha", "gamma"]), ["optimum", *rows["algorithm"].unique()]
     figure, axes = panels(len(cells), len(columns), size=(1.75, 1.8), sharex=True, sharey=True)
     circle = np.stack([np.cos(turn := np.linspace(0, 2 * np.pi)), np.sin(turn)], -1)
-    for line, ((env_id, alpha, gamma), algorithms) in zip(axes, cells.items(), strict=True):
+    for line, ((env_id, alpha, gamma), own) in zip(axes, cells, strict=True):
         env, best = gym.make(env_id).unwrapped, multigoal.optimum_of(env_id, alpha, gamma)
         line[0].set_ylabel(f"{env_id.partition(':')[2]}, alpha {alpha:g}", fontsize=6)
         for ax, name in zip(line, columns, strict=True):
-            runs = [(row, saved(args.csv, name, env_id, alpha, int(row["seed"]))) for row in algorithms.get(name, [])]
+            chosen = own[own["algorithm"] == name].to_dict("records")
+            runs = [(row, saved(args.csv, name, env_id, alpha, row["seed"])) for row in chosen]
             row, file = next(((row, file) for row, file in runs if file.is_file()), (None, None))
             if name == "optimum":
                 v, paths, title = best.values, optimum(env_id, alpha, gamma, 20)[1].paths, "optimum"
@@ -178,9 +152,10 @@ def main(args: Args) -> int:
     runs = [run for path in args.paths for run in folders_of(path) if (run / "checkpoint.pt").exists()]
     jobs = {key: (run, args.csv, args.episodes) for run in runs if (key := key_of(run))[1] in multigoal.MAPS}
     code = run_missing(measure, jobs, args.csv, KEYS, args.jobs)
-    if not (rows := read_csv(args.csv)):
+    if not args.csv.exists():
         raise UserError(f"no run on a goal map in {', '.join(map(str, args.paths))}, and no {args.csv}")
-    print(table(rows))
+    rows = pd.read_csv(args.csv)
+    print(summary(rows))
     if args.png:
         draw(args, rows)
     return code
