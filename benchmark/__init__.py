@@ -1,11 +1,14 @@
 """Commands that measure: each module's first lines say what it does and how to call it. Here is what they share."""
 
 import csv
+import importlib.metadata
 import itertools
 import json
 import multiprocessing
 import os
+import platform
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -26,20 +29,31 @@ class UserError(Exception):
 
 
 def exit_code(main: Callable, args: type, description: str) -> int:
-    """main of the command line's args. 2, after one line, for a UserError, 130 for Ctrl-C before anything ran."""
+    """main of the command line's args. 2, after one line, for a UserError."""
     try:
         return main(tyro.cli(args, description=description)) or 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
 
 
-def commit() -> str:
-    """The commit of this project, for the tables; empty outside of git."""
+def facts(device: str = "cpu") -> dict[str, str]:
+    """How a row of a table is made: commit (empty outside of git), machine with versions, command."""
+    import torch
+
+    have = {found.metadata["Name"].lower(): found.version for found in importlib.metadata.distributions()}
+    packages = ("torch", "gymnasium", "mujoco", "numpy", "stable_baselines3", "sbx-rl", "jax", "brax")
+    processor = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), "")
+    gpu = torch.cuda.get_device_name() if device == "cuda" else "no GPU"
+    machine = (
+        f"{platform.machine()}, {processor}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {gpu}; "
+    )
+    machine += ", ".join(f"{name} {have[name]}" for name in packages if name in have)
+    spec = sys.modules["__main__"].__spec__
+    script = ["-m", spec.name] if spec else [sys.argv[0]]
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    return dict(commit=commit, machine=machine, command=shlex.join(["python", *script, *sys.argv[1:]]))
 
 
 def script_of(word: str) -> tuple[Path, list[str]]:

@@ -16,10 +16,6 @@ first, in m.
 
 import dataclasses
 import json
-import os
-import platform
-import shlex
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -31,7 +27,7 @@ import tyro
 
 import meow_isaacgym
 import sac_isaacgym
-from benchmark import commit, scalars, write_csv
+from benchmark import facts, scalars, write_csv
 
 SCRIPTS = dict(meow=meow_isaacgym, sac=sac_isaacgym)
 PARTS = ("policy", "simulator", "buffer", "update")
@@ -58,8 +54,6 @@ def measure(args: Args, num_envs: int) -> list[dict]:
     sim = meow_isaacgym.make_sim(settings["meow"], 1)
     sizes, device, rows = (sim.obs_dim, sim.action_dim), settings["meow"].device, []
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    gpu = torch.cuda.get_device_name() if device == "cuda" else "no GPU"
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, {gpu}"
     for name, script in SCRIPTS.items():
         setting = settings[name]
         torch.compiler.reset()
@@ -104,7 +98,7 @@ def measure(args: Args, num_envs: int) -> list[dict]:
         row |= dict(steps_per_s=round(num_envs * args.steps / total), updates_per_s=round(args.steps / total, 1))
         row |= {f"{part}_share": round(x / seconds.sum(), 3) for part, x in zip(PARTS, seconds, strict=True)}
         print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
-        rows.append(row | dict(machine=machine, commit=commit(), command=shlex.join(sys.argv)))
+        rows.append(row | facts(device))
     return rows
 
 
@@ -136,9 +130,9 @@ def walk(run: Path) -> dict[str, float]:
 
 def curves(run: Path) -> list[dict]:
     """Rows of a run's curves, and one of its last checkpoint."""
-    facts, rows = json.loads((run / "args.json").read_text()), []
-    about = dict(env_id=facts["args"]["env_id"], algo=algorithm(run), seed=facts["args"]["seed"])
-    about |= {key: facts[key] for key in ("machine", "commit", "command")}
+    saved, rows = json.loads((run / "args.json").read_text()), []
+    about = dict(env_id=saved["args"]["env_id"], algo=algorithm(run), seed=saved["args"]["seed"])
+    about |= {key: saved[key] for key in ("machine", "commit", "command")}
     begin = scalars(run, "losses/qf_loss")[0].wall_time
     for curve, kind in dict(training="charts", evaluation="eval").items():
         ends = zip(scalars(run, f"{kind}/episodic_return"), scalars(run, f"{kind}/episodic_length"), strict=True)

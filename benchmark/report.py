@@ -215,12 +215,11 @@ def final_table(page: Page, rows: pd.DataFrame, curves: pd.Series, reps: int) ->
             mean, ends = interval(scores.to_numpy()[:, None], lambda x: np.array([x.mean()]), reps)
             line = dict(task=env_id, method=method, seeds=len(scores), step=step, mean=number(mean[0]))
             line |= {"95% interval": span(ends[:, 0]), "median": number(scores.median())}
-            line |= {"each seed": " / ".join(map(number, scores))}
-            line |= {"best evaluation": number(own[own["step"] <= step]["return"].max()), "paper there": ""}
+            line |= {"each seed": " / ".join(map(number, scores)), "paper there": "", "paper's end": ""}
             for paper in list(references_of(own.iloc[0], curves).values())[:1]:
                 there = np.interp(step, paper.index, paper, left=np.nan, right=np.nan)
                 line |= {"paper there": number(there), "paper's end": f"{number(paper.iloc[-1])} ({paper.index[-1]})"}
-            lines.append(line | {"paper's end": line.get("paper's end", "")})
+            lines.append(line)
     page.text("Final scores", "h3")
     page.table(lines)
 
@@ -242,10 +241,9 @@ def aggregates(page: Page, name: str, rows: pd.DataFrame, curves: pd.Series, rep
     for method, own in rows.groupby("method", sort=False):
         on = {env_id: final(own[own["env_id"] == env_id], last[env_id]) / scale[env_id] for env_id in seeds}
         scores = np.stack([scores.to_numpy()[:n] for scores in on.values()], 1)  # (seeds, tasks)
-        func = lambda x: np.array([metrics.aggregate_iqm(x), metrics.aggregate_optimality_gap(x)])  # noqa: E731
-        point, ends = interval(scores, func, reps)
-        iqm, gap = (f"{p:.3f} ({span(each, '{:.3f}'.format)})" for p, each in zip(point, ends.T, strict=True))
-        lines.append({"method": method, "seeds": n, "tasks": len(on), "IQM": iqm, "optimality gap": gap})
+        point, ends = interval(scores, lambda x: np.array([metrics.aggregate_iqm(x)]), reps)
+        iqm = f"{point[0]:.3f} ({span(ends[:, 0], '{:.3f}'.format)})"
+        lines.append({"method": method, "seeds": n, "tasks": len(on), "IQM": iqm})
         ax.plot(point[0], method, "o", color=color[method])
         ax.plot(ends[:, 0], [method] * 2, color=color[method], linewidth=4, alpha=0.5)
     ax.invert_yaxis()

@@ -269,8 +269,8 @@ def main(args: Args) -> int:
     print(f"{estimate(left, args)}\ndone before: {len(cells) - len(left)}", flush=True)
     pipes = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"))
     if 0 < args.gpu_fraction < 1 and not (pipes / "control").exists():
-        print("CUDA MPS does not run here: processes take turns on a GPU, and 15 are five times slower.")
-        print("To start it, before the grid: nvidia-cuda-mps-control -d", flush=True)
+        print("CUDA MPS does not run here: processes take turns on a GPU. To start it, before the grid:")
+        print("    nvidia-cuda-mps-control -d", flush=True)
     if args.dry_run:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` closes the pipe
         print("\n".join(f"{cell['state']:12}{cell['name']} {shlex.join(cell['flags'])}" for cell in cells.values()))

@@ -17,8 +17,6 @@ observations. A run cannot be resumed; its last policy is in model.zip.
 import dataclasses
 import json
 import os
-import platform
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -37,7 +35,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))  # a grid runs this
 sys.path.append(os.getcwd())  # --env-id mytask:My-v0 finds a mytask.py here
 
 import sac_continuous_action as sac
-from benchmark import commit
+from benchmark import facts
 
 
 @dataclasses.dataclass
@@ -99,11 +97,8 @@ def train(args: Args) -> Path:
         settings["action_noise"] = NormalActionNoise(zeros, zeros + args.action_noise) if args.action_noise else None
     model = getattr(stable_baselines3, args.algo.upper())("MlpPolicy", env, **settings)
     model.set_logger(configure(str(run), ["tensorboard"]))
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads, "
-    machine += torch.cuda.get_device_name() if model.device.type == "cuda" else "no GPU"
-    versions = {m.__name__: m.__version__ for m in (stable_baselines3, torch, np)}
-    facts = dict(args=vars(args), command=shlex.join(sys.argv), commit=commit(), machine=machine, versions=versions)
-    (run / "args.json").write_text(json.dumps(facts, indent=2))
+    about = dict(args=vars(args), versions={m.__name__: m.__version__ for m in (stable_baselines3, torch, np)})
+    (run / "args.json").write_text(json.dumps(about | facts(model.device.type), indent=2))
     print(f"run: {run}\n{args}")
     model.learn(args.total_timesteps, callback=Protocol(args))
     model.save(run / "model.zip")

@@ -12,12 +12,9 @@ without evaluations. Prints medians and ranges; writes one row a turn.
 
 import dataclasses
 import importlib
-import importlib.metadata
 import itertools
 import multiprocessing
 import os
-import platform
-import shlex
 import statistics
 import sys
 import tempfile
@@ -31,7 +28,7 @@ import pandas as pd
 import torch
 import tyro
 
-from benchmark import commit, table, write_csv
+from benchmark import facts, table, write_csv
 
 SCRIPTS = {"MEow": "meow", "MEow mixture": "meow_mixture", "SAC": "sac", "SQL": "sql", "S2AC": "s2ac"}
 LIBRARIES = {"SB3 SAC": ("stable_baselines3", "eager"), "SBX SAC": ("sbx", "compiled")}
@@ -191,19 +188,13 @@ def measure(jobs: list[dict], turns: int) -> list[dict]:
 
 
 def main(args: Args) -> None:
-    have = {found.metadata["Name"].lower(): found.version for found in importlib.metadata.distributions()}
-    packages = ("torch", "gymnasium", "mujoco", "numpy", "stable_baselines3", "sbx-rl", "jax")
-    processor = next((x.split(":")[1].strip() for x in open("/proc/cpuinfo") if x.startswith("model name")), "")
-    device = torch.cuda.get_device_name() if args.device == "cuda" else "no GPU"
-    machine = f"{platform.machine()}, {processor}, {os.cpu_count()} cores, {device}; "
-    machine += ", ".join(f"{name} {have[name]}" for name in packages if name in have)
-    facts = dict(commit=commit(), machine=machine, command="python -m benchmark.speed " + shlex.join(sys.argv[1:]))
-    print(f"{machine}\nload before the start: {os.getloadavg()[0]:.2f}")
+    about = facts(args.device)
+    print(f"{about['machine']}\nload before the start: {os.getloadavg()[0]:.2f}")
     rows = []
     for jobs in groups_of(args):
         rows += measure(jobs, args.turns)
         if args.csv:  # after every group: what is measured is kept if the rest fails
-            write_csv(args.csv, [row | facts for row in rows])
+            write_csv(args.csv, [row | about for row in rows])
     cells = "update_ms:2 act_ms:3 evaluation_ms:3 loop_sps:0"
     print(table(pd.DataFrame(rows), f"env_id threads implementation mode {' '.join(SIZES)}", cells))
 

@@ -64,9 +64,9 @@ def curves(name: str) -> pd.DataFrame:
 
 
 def paper_of(run: pd.Series) -> dict[str, pd.Series]:
-    """The paper's curve for a row: that of figure 3, or of figure 6, of which are only the ablations."""
+    """The paper's curve for a row: figure 3's, and only of ablations figure 6's."""
     keys, known = [(source, run["paper"], run["task"]) for source in (PAPER, ABLATION)], references()
-    return {key[0]: known[key] for key in keys if key in known.index.droplevel("step")}
+    return dict([(key[0], known[key]) for key in keys if key in known.index.droplevel("step")][:1])
 
 
 def scores(name: str) -> list[dict]:
@@ -76,7 +76,7 @@ def scores(name: str) -> list[dict]:
         for method, own in rows.groupby("method", sort=False):
             x, steps = final(own, last), sorted(step for step in {*own["step"]} if step <= last)[-LAST:]
             line = dict(task=task, method=method, steps=f"{last:,}", score=interval([*x]), paper="")
-            for paper in [*paper_of(own.iloc[0]).values()][:1]:
+            for paper in paper_of(own.iloc[0]).values():
                 line["paper"] = f"{np.interp(steps, paper.index, paper).mean():.0f}"
             lines.append(line | {"each seed": " / ".join(f"{value:.0f}" for value in x)})
     return lines
@@ -97,8 +97,8 @@ def clamp() -> str:
     sigma = np.exp(log_sigma)
     beyond = 2e-5 * norm.pdf(z, scale=sigma) / (1 - (1 - 1e-5) ** 2)  # all there have the clamped action's density
     errors = np.abs(np.log(1 - 2 * norm.sf(z, scale=sigma) + beyond))
-    head = ("log σ", "V is too high by")
-    return markdown([dict(zip(head, (x, f"{e:.3f} α"), strict=True)) for x, e in zip(log_sigma, errors, strict=True)])
+    lines = zip(log_sigma, errors, strict=True)
+    return markdown([{"log σ": x, "V is too high by": f"{error:.3f} α"} for x, error in lines])
 
 
 def tables() -> dict[str, str]:

@@ -6,7 +6,6 @@ can count what torch is asked to do by the loop alone.
 """
 
 import contextlib
-import sys
 import types
 
 import gymnasium
@@ -123,13 +122,8 @@ class LabEnv(gymnasium.Env):
             self.robots.reset(done)
         self.obs_buf[:] = self.robots.observations()
         terminated, truncated = torch.from_numpy(self.flags)
-        return (
-            {"policy": torch.from_numpy(self.obs_buf)},
-            torch.from_numpy(self.rew_buf),
-            terminated,
-            truncated,
-            self.extras,
-        )
+        obs = {"policy": torch.from_numpy(self.obs_buf)}
+        return obs, torch.from_numpy(self.rew_buf), terminated, truncated, self.extras
 
     def render(self):
         return np.zeros((8, 8, 3), dtype=np.uint8)
@@ -191,7 +185,3 @@ def modules() -> dict[str, types.ModuleType]:
         "isaaclab_tasks": module("isaaclab_tasks"),
         "isaaclab_tasks.utils": module("isaaclab_tasks.utils", parse_env_cfg=parse_env_cfg),
     }
-
-
-def install() -> None:
-    sys.modules.update(modules())

@@ -37,6 +37,14 @@ def random_batch(module, n: int, obs_dim: int, action_dim: int):
     return module.Batch(obs, actions, torch.randn(n, 1).double(), next_obs, (torch.rand(n, 1) < 0.3).double())
 
 
+@torch.no_grad()
+def randomize(net):
+    """The net, with every parameter drawn at random, none as it was initialised."""
+    for p in net.parameters():
+        p.normal_(0, 1 / max(p.shape[-1] if p.dim() > 1 else 4, 4) ** 0.5)
+    return net
+
+
 def update_of(module, agent, args, obs_dim: int = 0):
     """A script's update as step(batch) -> metrics (L,), and what it moves by name. `args.batch_size` is the batch's.
 
@@ -54,6 +62,30 @@ def update_of(module, agent, args, obs_dim: int = 0):
         return metrics.clone()
 
     return step, learner
+
+
+def critic_step(reference, optimizer, batch, y: torch.Tensor, max_norm: float = 1e9) -> list[torch.Tensor]:
+    """A textbook step of both Q on the targets y (B,). Returns the metrics that all scripts log of it."""
+    q, parameters = reference.q(batch.obs, batch.actions), optimizer.param_groups[0]["params"]
+    loss = torch.nn.functional.mse_loss(torch.cat([q[:, 0], q[:, 1]]), torch.cat([y, y]))
+    optimizer.zero_grad()
+    loss.backward(inputs=parameters)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+    optimizer.step()
+    heads = [(q[:, i] - y).square().mean() for i in (0, 1)]
+    return [x.detach() for x in (loss, *heads, *q.mean(0), y.mean(), norm)]
+
+
+@torch.no_grad()
+def polyak(net, target, tau: float) -> None:
+    for p, p_target in zip(net.parameters(), target.parameters(), strict=True):
+        p_target += tau * (p - p_target)
+
+
+def assert_same_parameters(*pairs, rtol: float = 1e-8, atol: float = 1e-11) -> None:
+    for mine, theirs in pairs:
+        for p, p_reference in zip(mine.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(p, p_reference, rtol=rtol, atol=atol)
 
 
 def check_score(module, agent) -> None:

@@ -246,7 +246,7 @@ def test_measured_speeds_are_those_of_committed_tables():
 def test_stable_baselines3_in_a_grid(tmp_path):
     """The same evaluations at the same steps as ours, beside ours in the report; a second grid runs nothing; what was
     cut off starts anew; the last policy has the last return."""
-    folder, algos = tmp_path / "g", ("ppo", "td3", "ddpg", "sac")
+    folder, algos = tmp_path / "g", ("ppo", "td3")
     scripts = ["sac", *(f"sb3:{algo}" for algo in algos)]
     short = "--total-timesteps 300 --learning-starts 250 --eval-frequency 150 --eval-episodes 2 --device cpu"
     flags = ["--scripts", *scripts, "--env-ids", "Pendulum-v1", f"--flags={short}"]
@@ -278,9 +278,9 @@ def test_stable_baselines3_in_a_grid(tmp_path):
     run.save(folder, grid | {cut["name"]: cut | dict(state="interrupted")})
     shutil.rmtree(ppo)
     ppo.mkdir()
-    shutil.copy(theirs[0] / "args.json", ppo)  # as if it had had no evaluation
+    shutil.copy(theirs[1] / "args.json", ppo)  # as if it had had no evaluation
     code, out, err = wait(start(folder, "--resume"))
     assert code == 0 and "to run: 1 runs" in out, err
     after = sorted(folder.glob("*/runs/*"))
-    assert len(after) == 5 and set(before) - set(after) == {ppo}
+    assert len(after) == 3 and set(before) - set(after) == {ppo}
     assert (folder / cut["name"] / "abandoned-1").is_dir()

@@ -102,7 +102,6 @@ def test_final_scores(curves, tmp_path, capsys):
     assert (row["step"], row["seeds"], row["median"]) == ("40000", "3", "429")  # 400 + 4 + mean of 10, 20, 30, 40
     assert row["each seed"] == "426 / 429 / 434" and row["95% interval"] == "426 to 434"
     assert row["paper there"] == f"{327.8 + (462.1 - 327.8) / 3:.0f}" and row["paper's end"] == "3490 (1500000)"
-    assert row["best evaluation"] == "449"  # seed 3's at step 40,000, not what the others have later
     assert float(final["Hopper-v4", "SB3 PPO"]["paper's end"].split()[0]) > 0
     row = final["multigoal:MultiGoal-v0", "S2AC"]
     assert row["95% interval"] == "one seed" and row["paper's end"] == ""
@@ -116,7 +115,7 @@ def test_final_scores(curves, tmp_path, capsys):
 
 
 def test_aggregates(curves, tmp_path, capsys):
-    """Interquartile mean and optimality gap, each computed here by its definition."""
+    """The interquartile mean by its definition."""
     report.main(report.Args((curves,), tmp_path / "out", reps=500))
     found = tables(capsys.readouterr().out)
     aggregate = {row["method"]: row for row in next(t for t in found if "IQM" in t[0])}
@@ -127,7 +126,7 @@ def test_aggregates(curves, tmp_path, capsys):
         x = np.array([[(level + seed**2 + at[task]) / end[task] for task in end] for seed in (1, 2, 3)])
         middle = np.sort(x.ravel())[1:-1].mean()  # of six the outer quarters, rounded down
         row = aggregate[method]
-        assert row["IQM"].startswith(f"{middle:.3f} (") and row["optimality gap"].startswith(f"{1 - x.mean():.3f} (")
+        assert row["IQM"].startswith(f"{middle:.3f} (")
         low, high = map(float, re.findall(r"\((.*) to (.*)\)", row["IQM"])[0])
         assert x.min() - 1e-3 <= low <= middle <= high <= x.max() + 1e-3 and low < high
 

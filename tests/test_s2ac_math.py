@@ -6,9 +6,11 @@ import math
 import pytest
 import torch
 
+import numerics
 import s2ac_continuous_action as s2ac
 import sac_continuous_action as sac
-from numerics import action_grid, check_score, float64, random_batch, update_of
+from benchmark.studies import entropy
+from numerics import action_grid, check_score, float64, random_batch, randomize, update_of
 
 VARIANTS = ("phi", "phi-theta", "phi-theta-psi")
 
@@ -17,10 +19,7 @@ def random_agent(obs_dim: int, action_dim: int, variant: str = "phi-theta", **fl
     """An agent with every parameter drawn at random."""
     torch.manual_seed(0)
     agent = s2ac.S2AC(obs_dim, action_dim, s2ac.Args(variant=variant, **flags))
-    with torch.no_grad():
-        for p in agent.parameters():
-            p.normal_(0, 1 / max(p.shape[-1] if p.dim() > 1 else 4, 4) ** 0.5)
-    return agent
+    return randomize(agent)
 
 
 def bandwidth(u: torch.Tensor, eps: float) -> torch.Tensor:
@@ -30,31 +29,14 @@ def bandwidth(u: torch.Tensor, eps: float) -> torch.Tensor:
 
 # The entropy of section 4.1 of the paper
 
-MEAN, COVARIANCE = torch.tensor([-0.69, 0.8]), torch.tensor([[1.13, 0.82], [0.82, 3.39]])
-EXACT = 1 + math.log(2 * math.pi) + 0.5 * COVARIANCE.logdet().item()
-INITIAL_VARIANCE, STEPS, EPS, PARTICLES = 6.0, 200, 0.5, 200
-
-
-def log_normal(u: torch.Tensor) -> torch.Tensor:
-    return torch.distributions.MultivariateNormal(MEAN, COVARIANCE).log_prob(u)
-
-
-def gaussian_score(u: torch.Tensor) -> torch.Tensor:
-    return (MEAN - u) @ COVARIANCE.inverse()
+TARGET, PAPER = entropy.targets()["paper"], entropy.PAPER
+EXACT = 1 + math.log(2 * math.pi) + 0.5 * torch.tensor([[1.13, 0.82], [0.82, 3.39]]).logdet().item()
 
 
 def estimated_entropies(sigma: float, seeds: int = 10) -> torch.Tensor:
     """-mean log q^L, (seeds,), for the paper's start, steps and particles; seeds take the place of states."""
     torch.manual_seed(0)
-    u = INITIAL_VARIANCE**0.5 * torch.randn(PARTICLES, seeds, 2)
-    log_q0 = (-0.5 * u.square() / INITIAL_VARIANCE - 0.5 * math.log(2 * math.pi * INITIAL_VARIANCE)).sum(-1)
-    _, change = s2ac.svgd(gaussian_score, u, STEPS, EPS, torch.full((seeds,), sigma**2))
-    return -(log_q0 + change).mean(0)
-
-
-def test_score_of_the_gaussian_is_its_gradient():
-    u = torch.randn(5, 3, 2)
-    torch.testing.assert_close(gaussian_score(u), torch.func.grad(lambda u: log_normal(u).sum())(u))
+    return entropy.run(TARGET, seeds, **PAPER | dict(sigma=sigma))[1]
 
 
 def test_entropy_of_the_papers_gaussian():
@@ -72,10 +54,12 @@ def test_entropy_misses_with_a_bandwidth_far_off(sigma, expected):
 
 def test_entropy_misses_with_the_particles_own_hessian():
     """What j = i would add to (3): -eps / m tr grad grad log p(u_i) in every step, the kernel's gradient being 0."""
-    hessian = torch.func.vmap(torch.func.hessian(log_normal))(torch.randn(4, 2))
+    hessian = torch.func.vmap(torch.func.hessian(TARGET.log_prob))(torch.randn(4, 2))
     traces = hessian.diagonal(dim1=-2, dim2=-1).sum(-1)  # (4,), everywhere the same
     assert traces.std() < 1e-5
-    entropies = estimated_entropies(sigma=5.0, seeds=3) + STEPS * EPS / PARTICLES * traces.mean()
+    entropies = (
+        estimated_entropies(sigma=5.0, seeds=3) + PAPER["steps"] * entropy.EPS / PAPER["particles"] * traces.mean()
+    )
     assert (entropies - EXACT).abs().min() > 0.5 and entropies.mean() == pytest.approx(2.70, abs=0.05)
 
 
@@ -263,14 +247,8 @@ def test_without_steps_the_update_is_sacs(monkeypatch):
             sac_metrics = sac_step(sac.Batch(*batch))
         assert not draws
         torch.testing.assert_close(metrics[:8], sac_metrics[:8], rtol=1e-10, atol=1e-10)
-    pairs = [
-        (agent.initial, other.actor.net),
-        (agent.qf, other.qf.nets),
-        (learner["target"], sac_learner["target"].nets),
-    ]
-    for mine, theirs in pairs:
-        for p, q in zip(mine.parameters(), theirs.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=0, atol=1e-10)
+    pairs = (agent.initial, other.actor.net), (agent.qf, other.qf.nets)
+    numerics.assert_same_parameters(*pairs, (learner["target"], sac_learner["target"].nets), rtol=0, atol=1e-10)
 
 
 @float64()
@@ -383,12 +361,7 @@ def test_update_against_plain_pytorch(variant):
             q = torch.stack([torch.minimum(*(net(x)[:, 0] for net in target)) for x in inputs])  # (4, B)
             next_v = q.mean(0) - 0.3 * log_prob.mean(0)
             y = torch.where(batch.terminations[:, 0] == 1, batch.rewards[:, 0], batch.rewards[:, 0] + 0.9 * next_v)
-        q = reference.q(batch.obs, batch.actions)
-        loss = torch.nn.functional.mse_loss(torch.cat([q[:, 0], q[:, 1]]), torch.cat([y, y]))
-        heads = [(q[:, i] - y).square().mean().item() for i in (0, 1)]
-        expected = [loss.item(), *heads, *q.mean(0).tolist(), y.mean().item()]
-        step("qf", loss)
-        norm = torch.cat([p.grad.flatten() for p in reference.qf.parameters()]).norm().item()
+        expected = numerics.critic_step(reference, optimizers["qf"], batch, y)
         actor_loss = stein_norm = torch.tensor(0.0)
         if "initial" in nets:
             actions, log_prob = particles(batch.obs, noise[1], True)
@@ -402,30 +375,7 @@ def test_update_against_plain_pytorch(variant):
             phi = (k[..., None] * (s + delta / h2[:, None])).mean(1)
             step("sampler", -(phi * updated).sum(-1).mean())
             stein_norm = phi.norm(dim=-1).mean()
-        with torch.no_grad():
-            for p, p_target in zip(reference.qf.parameters(), target.parameters(), strict=True):
-                p_target += 0.1 * (p - p_target)
-        expected = torch.tensor([*expected, norm, actor_loss.item(), stein_norm.item()])
+        numerics.polyak(reference.qf, target, 0.1)
+        expected = torch.stack([*expected, actor_loss.detach(), stein_norm])
         torch.testing.assert_close(metrics, expected, rtol=1e-8, atol=1e-10)
-    for mine, theirs in ((agent, reference), (learner["target"], target)):
-        for p, p_reference in zip(mine.parameters(), theirs.parameters(), strict=True):
-            torch.testing.assert_close(p, p_reference, rtol=1e-8, atol=1e-10)
-
-
-@float64()
-def test_sampler_changes_nothing_in_the_rest():
-    """phi-theta-psi is phi-theta with a net more: from the same batches and noise the same Q and Gaussian."""
-    agents, metrics = [], []
-    for variant in ("phi-theta", "phi-theta-psi"):
-        torch.manual_seed(0)
-        args = s2ac.Args(variant=variant, svgd_steps=2, svgd_particles=3, batch_size=8, device="cpu", compile="off")
-        agents.append(s2ac.S2AC(3, 2, args))
-        step, _ = update_of(s2ac, agents[-1], args)
-        for n in range(3):
-            torch.manual_seed(n)
-            last = step(random_batch(s2ac, 8, 3, 2))
-        metrics.append(last)
-    for name in ("qf", "initial"):
-        pairs = zip(*(getattr(agent, name).parameters() for agent in agents), strict=True)
-        assert all(torch.equal(p, q) for p, q in pairs)
-    assert torch.equal(metrics[0][:-1], metrics[1][:-1]) and metrics[1][-1] > metrics[0][-1] == 0
+    numerics.assert_same_parameters((agent, reference), (learner["target"], target), atol=1e-10)

@@ -5,18 +5,17 @@ import copy
 import pytest
 import torch
 
+import numerics
 import sac_continuous_action as sac
-from numerics import action_grid, float64, over_grid, random_batch, update_of
+from numerics import action_grid, float64, over_grid, random_batch, randomize, update_of
 
 
 def random_agent(obs_dim: int, action_dim: int, seed: int = 0, **flags) -> sac.SAC:
     """An agent in float64 with every parameter drawn at random, its Gaussian neither narrow nor wide."""
     torch.manual_seed(seed)
     agent = sac.SAC(obs_dim, action_dim, sac.Args(**flags)).double()
+    randomize(agent.qf), randomize(agent.actor)
     with torch.no_grad():
-        for name, p in agent.named_parameters():
-            if name != "log_alpha":
-                p.normal_(0, 1 / max(p.shape[-1] if p.dim() > 1 else 4, 4) ** 0.5)
         agent.actor.net[-1].weight.mul_(0.5)
         agent.actor.net[-1].bias[action_dim:] = 0.2  # log sigma about -0.8
     return agent
@@ -117,7 +116,6 @@ def test_update_against_plain_pytorch(autotune, shift):
     actor_optimizer = torch.optim.Adam(reference.actor.parameters(), lr=args.policy_lr)
     alpha_optimizer = torch.optim.Adam([reference.log_alpha], lr=args.q_lr)
     update, learner = update_of(sac, agent, args, obs_dim=6)
-    updated_target = learner["target"]
 
     def sample(obs, noise):
         mean, output = reference.actor.net(obs).chunk(2, -1)
@@ -137,12 +135,7 @@ def test_update_against_plain_pytorch(autotune, shift):
             q1, q2 = target(batch.next_obs, next_action).unbind(-1)
             next_v = torch.minimum(q1, q2) - alpha * log_prob
             y = batch.rewards[:, 0] + torch.where(batch.terminations[:, 0] == 1, 0.0, 0.9 * next_v)
-        q = reference.q(batch.obs, batch.actions)
-        loss = torch.nn.functional.mse_loss(torch.cat([q[:, 0], q[:, 1]]), torch.cat([y, y]))
-        q_optimizer.zero_grad()
-        loss.backward()
-        norm = torch.cat([p.grad.flatten() for p in reference.qf.parameters()]).norm()
-        q_optimizer.step()
+        expected = numerics.critic_step(reference, q_optimizer, batch, y)
         for k in range(2 if n % 2 == 0 else 0):
             action, log_prob = sample(batch.obs, noise[1 + k])
             q1, q2 = reference.q(batch.obs, action).unbind(-1)
@@ -157,20 +150,13 @@ def test_update_against_plain_pytorch(autotune, shift):
                 alpha_loss.backward()
                 alpha_optimizer.step()
                 alpha = reference.log_alpha.exp().item()
-        with torch.no_grad():
-            for p, p_target in zip(reference.qf.parameters(), target.parameters(), strict=True):
-                p_target += 0.1 * (p - p_target)
-        expected = [loss, (q[:, 0] - y).square().mean(), (q[:, 1] - y).square().mean(), *q.mean(0), y.mean(), norm]
+        numerics.polyak(reference.qf, target, 0.1)
         if n % 2 == 0:
-            actor_part = torch.stack([actor_loss, alpha_loss, torch.tensor(before)]).detach()
-        expected = torch.cat([torch.stack(expected).detach(), actor_part])
-        torch.testing.assert_close(stats, expected, rtol=1e-9, atol=1e-10)
+            actor_part = [actor_loss.detach(), alpha_loss.detach(), torch.tensor(before)]
+        torch.testing.assert_close(stats, torch.stack([*expected, *actor_part]), rtol=1e-9, atol=1e-10)
     assert agent.log_alpha.item() == pytest.approx(reference.log_alpha.item(), rel=1e-9)
     assert (abs(agent.log_alpha.exp().item() - 0.3) > 1e-4) == autotune
-    for p, p_reference in zip(agent.parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(p, p_reference, rtol=1e-8, atol=1e-11)
-    for p, p_reference in zip(updated_target.parameters(), target.parameters(), strict=True):
-        torch.testing.assert_close(p, p_reference, rtol=1e-8, atol=1e-11)
+    numerics.assert_same_parameters((agent, reference), (learner["target"], target))
 
 
 @pytest.mark.parametrize("start", [0.03, 3.0])

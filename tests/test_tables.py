@@ -55,8 +55,3 @@ def test_clamp_is_the_integral_of_the_density(log_sigma, error):
     density = np.exp(-0.5 * (z / sigma) ** 2) / (sigma * np.sqrt(2 * np.pi)) / (1 - clamped**2)
     assert -np.log(density.sum() * 5e-7) == pytest.approx(error, abs=1e-3)
     assert f"| {log_sigma} | {error:.3f} α |" in tables.clamp()
-
-
-def test_readme_has_the_largest_error_of_the_clamp():
-    largest = tables.clamp().split(" | ")[-1].removesuffix(" |")
-    assert f"{largest} a dimension" in (tables.ROOT / "README.md").read_text()

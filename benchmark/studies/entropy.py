@@ -11,8 +11,6 @@ is that of a Gaussian with the particles' covariance: it says whether they have 
 
 import dataclasses
 import math
-import shlex
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -21,7 +19,7 @@ import tyro
 from torch.distributions import Categorical, Distribution, MixtureSameFamily, MultivariateNormal, Normal
 
 import s2ac_continuous_action as s2ac
-from benchmark import PALETTE, commit, panels, save_picture, table, write_csv
+from benchmark import PALETTE, facts, panels, save_picture, table, write_csv
 
 START, EPS, PAPER = Normal(0.0, 6.0**0.5), 0.5, dict(particles=200, steps=200, sigma=5.0)
 SWEEPS = {
@@ -80,8 +78,7 @@ def draw(rows: list[dict], path: Path) -> None:
 
 def main(args: Args) -> None:
     torch.manual_seed(args.seed)
-    facts = dict(commit=commit(), command=shlex.join(["python", "-m", "benchmark.studies.entropy", *sys.argv[1:]]))
-    rows = []
+    rows, about = [], facts()
     for name, target in targets().items():
         exact = target.entropy().item() if isinstance(target, MultivariateNormal) else quadrature(target)
         for varied, value in ((varied, value) for varied, values in SWEEPS.items() for value in values):
@@ -91,7 +88,7 @@ def main(args: Args) -> None:
             row |= dict(estimate=estimates.mean().item(), spread=estimates.std().item(), exact=exact)
             covariance = torch.stack([each.T.cov() for each in u.unbind(1)])  # (seeds, 2, 2)
             row["particles_entropy"] = MultivariateNormal(torch.zeros(2), covariance).entropy().mean().item()
-            rows.append({k: float(f"{x:.5g}") if isinstance(x, float) else x for k, x in row.items()} | facts)
+            rows.append({k: float(f"{x:.5g}") if isinstance(x, float) else x for k, x in row.items()} | about)
     write_csv(args.csv, rows)
     frame = pd.DataFrame(rows)
     print(table(frame[frame["varied"] == "sigma"], "target exact", "estimate:2", "sigma"))
