@@ -84,15 +84,16 @@ class Args:
 
 
 WIDE = dict(num_envs=512, batch_size=256, total_timesteps=512_000_000, learning_starts=51_200, buffer_size=7_680_000)
-PRESETS = {  # the paper's, for Isaac Gym; Isaac Lab's Isaac-Ant-v0 takes Ant's; for brax this project's
+PRESETS = {  # the paper's, for Isaac Gym; Isaac Lab's Isaac-Ant-v0 takes Ant's
     "Ant": dict(alpha=0.075, tau=0.0005, log_sigma_max=2.0),
     "Humanoid": dict(alpha=0.25, tau=0.00025),
     "Ingenuity": dict(alpha=0.025, tau=0.0025, log_sigma_min=-4.0, total_timesteps=64_000_000),
     "Anymal": dict(alpha=0.00075, tau=0.025, log_sigma_max=-1.0),
     "AllegroHand": dict(WIDE, alpha=0.1, tau=0.001, log_sigma_min=-4.0),
     "FrankaCabinet": dict(WIDE, alpha=0.075, tau=0.01),
-    "brax/ant": dict(alpha=0.05, tau=0.01, batch_size=256),
 }
+BRAX = dict(num_envs=64, batch_size=256, updates_per_step=4, gamma=0.97, total_timesteps=1_536_000, alpha=0.05)
+BRAX.update(learning_starts=6_400, buffer_size=1_000_000, eval_frequency=128_000)  # for brax, found on its ant
 LIMITS = dict(gamma=(0, 1), tau=(0, 1), seed=(0, 2**31), learning_starts=(1, 1e12), log_sigma_min=(-20, 10))
 LIMITS.update(log_sigma_max=(-20, 10), dropout=(0, 0.99))  # every other number must be above 0
 EVAL_SEED = 10_000  # evaluation episodes start from the same states every time, where the simulator can
@@ -110,7 +111,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     argv = sys.argv[1:] if argv is None else argv
     first = tyro.cli(Args, args=[a for a in argv if a not in ("-h", "--help")])
     task = first.env_id.replace("Isaac-", "").replace("-Direct", "").replace("-v0", "")
-    base = PRESETS.get(f"brax/{task}" if first.sim == "brax" else task, {})
+    base = BRAX if first.sim == "brax" else PRESETS.get(task, {})
     if first.evaluate or first.resume:
         saved = load_checkpoint(Path(first.evaluate or f"{first.resume}/checkpoint.pt"))["args"]
         base = dict(saved, device="auto", compile="auto", capture_video=False)
@@ -431,7 +432,7 @@ def load_checkpoint(path: Path, device: str = "cpu") -> dict:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         algorithm, args = checkpoint["algorithm"], checkpoint["args"]
     except Exception as e:  # whatever a missing, damaged or foreign file leads to
-        sys.exit(f"error: {path} is not a checkpoint ({type(e).__name__}: {str(e)[:150]})")
+        sys.exit(f"error: {path} is not a checkpoint ({e if isinstance(e, OSError) else type(e).__name__})")
     ok = algorithm == Path(__file__).stem and args.keys() == vars(Args()).keys()
     require(ok, f"{path} was written by {algorithm}.py, or by another version of it")
     return checkpoint

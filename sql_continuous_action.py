@@ -402,7 +402,7 @@ def load_checkpoint(path: Path, device: str = "cpu") -> dict:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
         algorithm, args = checkpoint["algorithm"], checkpoint["args"]
     except Exception as e:  # whatever a missing, damaged or foreign file leads to
-        sys.exit(f"error: {path} is not a checkpoint ({type(e).__name__}: {str(e)[:150]})")
+        sys.exit(f"error: {path} is not a checkpoint ({e if isinstance(e, OSError) else type(e).__name__})")
     ok = algorithm == Path(__file__).stem and args.keys() == vars(Args()).keys()
     require(ok, f"{path} was written by {algorithm}.py, or by another version of it")
     return checkpoint
