@@ -168,11 +168,8 @@ def test_script_that_outlived_a_killed_grid_is_waited_for(tmp_path, cell):
         command = [*run.next_command(tmp_path / "c", cell), "--seconds", "0.1"]
         process = subprocess.Popen(command, cwd=tmp_path / "c", pass_fds=[lock.fileno()], stderr=subprocess.DEVNULL)
     run.run_cell(tmp_path, cell, 1.0, 0.0)
-    assert (
-        process.wait() == 0
-        and commands(tmp_path, "c") == []
-        and list(steps(tmp_path).values()) == [[10, 20, 30, 40, 50]]
-    )
+    assert process.wait() == 0 and commands(tmp_path, "c") == []
+    assert list(steps(tmp_path).values()) == [[10, 20, 30, 40, 50]]
 
 
 def test_one_grid_a_folder(tmp_path):

@@ -1,6 +1,7 @@
 """The parallel scripts: contracts of the simulators (scripted stand-ins, the real brax), buffer, runs, resuming."""
 
 import ast
+import itertools
 import os
 import re
 import runpy
@@ -42,13 +43,9 @@ def buffers(monkeypatch):
     """The buffers that runs of MEow and SAC make."""
     found = []
     for script in (meow, sac):
-
-        class Spy(script.ReplayBuffer):
-            def __init__(self, *args):
-                super().__init__(*args)
-                found.append(self)
-
-        monkeypatch.setattr(script, "ReplayBuffer", Spy)
+        make = script.ReplayBuffer.__init__
+        kept = lambda self, *args, make=make: make(self, *args) or found.append(self)  # noqa: E731
+        monkeypatch.setattr(script.ReplayBuffer, "__init__", kept)
     return found
 
 
@@ -243,18 +240,15 @@ def test_each_visited_observation_counts_once(stand_ins, monkeypatch):
     """Statistics are those of what was acted on, evaluations left out; updates read observations on that scale."""
     visited, batches = [], []
     update, sample = meow.Standardizer.update, meow.ReplayBuffer.sample
-    monkeypatch.setattr(
-        meow.Standardizer, "update", lambda s, obs: visited.append(obs.numpy().copy()) or update(s, obs)
-    )
+    monkeypatch.setattr(meow.Standardizer, "update", lambda s, x: visited.append(x.numpy().copy()) or update(s, x))
     monkeypatch.setattr(meow.ReplayBuffer, "sample", lambda s, n: batches.append(sample(s, n)) or batches[-1])
     folder = meow.train(args_of(meow, 60, sim="isaaclab", env_id="Isaac-Fake-v0", eval_frequency=120))
     assert len(visited) == 60 and len(batches) == 40
     seen = np.concatenate(visited)
     agent, _ = meow.load_agent(folder / "checkpoint.pt")
     probe = torch.randn(50, 4)
-    np.testing.assert_allclose(
-        agent.standardizer(probe), ((probe.numpy() - seen.mean(0)) / seen.std(0)).clip(-5, 5), rtol=1e-4, atol=1e-5
-    )
+    standardized = ((probe.numpy() - seen.mean(0)) / seen.std(0)).clip(-5, 5)
+    np.testing.assert_allclose(agent.standardizer(probe), standardized, rtol=1e-4, atol=1e-5)
     robots = np.concatenate([batch.obs[:, 0].numpy() for batch in batches])
     raw = robots * 35**0.5 / 12**0.5 + 2.5  # six environments, each visited as often: mean 2.5, variance 35 / 12
     np.testing.assert_allclose(raw, raw.round(), atol=1e-4)
@@ -455,12 +449,11 @@ def test_checkpoints_load_without_the_simulator(stand_ins, script):
 @pytest.mark.parametrize("sim, env_id", SIMS)
 def test_stopped_and_resumed(stand_ins, buffers, monkeypatch, capsys, script, sim, env_id):
     """Both parts' transitions, each from episodes that begin with it; none across the stop, no log lost or doubled."""
-    add, count = script.ReplayBuffer.add, []
+    add, steps = script.ReplayBuffer.add, itertools.count(1)
 
     def stopping(self, *fields):
         add(self, *fields)
-        count.append(1)
-        if len(count) == 35:
+        if next(steps) == 35:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(script.ReplayBuffer, "add", stopping)

@@ -137,9 +137,8 @@ def test_deterministic_action_is_the_best_of_the_samplers():
 @float64()
 def test_update_against_plain_pytorch():
     """Five updates equal a textbook loop, on copies of the nets and with the same noise."""
-    args = sql.Args(
-        alpha=0.3, gamma=0.9, tau=0.1, value_samples=5, particles=4, batch_size=32, device="cpu", compile="off"
-    )
+    flags = dict(value_samples=5, particles=4, batch_size=32, device="cpu", compile="off")
+    args = sql.Args(alpha=0.3, gamma=0.9, tau=0.1, **flags)
     torch.manual_seed(0)
     agent = sql.SQL(6, 2, args)
     reference, target = copy.deepcopy(agent), copy.deepcopy(agent.qf)
