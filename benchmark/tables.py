@@ -120,7 +120,9 @@ def tables() -> dict[str, str]:
     rows = read("speed_growth", num_seeds=one, implementation=["MEow"])
     found["speed_growth"] = table(rows, "batch_size num_envs", timing)
     rows = read("brax_ant", "brax_others", curve=["last checkpoint"])
-    found["brax"] = table(rows, "env_id algo step", "return:0 length:0 distance:1")
+    found["brax"] = table(rows, "env_id algo step", "return:0 length:0 distance:0")
+    steps = [str(128_000 * k) for k in (1, 2, 4, 8, 12)]
+    found["brax_ant"] = table(read("brax_ant", curve=["evaluation"], step=steps), "step", "return:0", "algo")
     shares = " ".join(f"{part}_share:2" for part in ("policy", "simulator", "buffer", "update"))
     found["brax_rates"] = table(read("brax_rates"), "algo num_envs", f"steps_per_s:0 updates_per_s:1 {shares}")
     return found | {"speed_h200": table(read("speed_h200", num_seeds=one), "implementation", timing)}
