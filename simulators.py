@@ -187,6 +187,9 @@ class Brax:
 
         self.first, self.advance = jax.jit(first), jax.jit(step)
         self.key = self.make_key(seed)
+        self.reset()
+        self.step(torch.zeros(num_envs, self.action_dim, device=device))  # compiles: a Ctrl-C in it finds no run yet
+        self.key = self.make_key(seed)
 
     def make_key(self, seed: int):
         with self.jax.default_device(self.jax_device):
