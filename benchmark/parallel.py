@@ -125,7 +125,8 @@ def walk(run: Path) -> dict[str, float]:
         returns += rewards.numpy() * active * valid.numpy()
         lengths += active * valid.numpy()
         active &= ~(terminated | truncated).numpy()
-    return {"return": returns.mean(), "length": lengths.mean(), "distance": (end - start).mean()}
+    step = torch.load(run / "checkpoint.pt", weights_only=True)["run"][0]
+    return {"step": step, "return": returns.mean(), "length": lengths.mean(), "distance": (end - start).mean()}
 
 
 def curves(run: Path) -> list[dict]:
@@ -140,7 +141,7 @@ def curves(run: Path) -> list[dict]:
             row = {"curve": curve, "step": e.step, "return": round(e.value, 2), "length": round(length.value, 1)}
             rows.append(row | dict(seconds=round(e.wall_time - begin)) | about)
     last = {key: round(value, 2) for key, value in walk(run).items()}
-    return [*rows, dict(curve="last checkpoint", step=rows[-1]["step"], **last) | about]
+    return [*rows, dict(curve="last checkpoint", **last) | about]
 
 
 def main(args: Args) -> None:
