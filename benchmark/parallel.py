@@ -1,6 +1,6 @@
 """Steps and updates a second of meow_isaacgym.py and sac_isaacgym.py, where the time goes, and curves of their runs.
 
-    python -m benchmark.parallel --env-id ant --num-envs 16 64 256 --csv benchmark/results/brax_rates.csv
+    python -m benchmark.parallel --env-id ant --num-envs 64 256 --csv benchmark/results/brax_rates.csv
     python -m benchmark.parallel --env-id ant --num-envs 128 1024 4096 --csv NAME.csv    # on a GPU
 
 The loop is the scripts': act, step the simulator, store, update. After a warm-up in which everything is compiled or
