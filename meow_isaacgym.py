@@ -477,7 +477,7 @@ def train(args: Args) -> Path:
     versions.update(python=platform.python_version())
     facts = dict(args=vars(args), command=shlex.join(sys.argv), commit=commit, machine=machine, versions=versions)
     (run_dir / (f"args-from-{global_step}.json" if saved else "args.json")).write_text(json.dumps(facts, indent=2))
-    print(f"run: {run_dir}\n{args}")
+    print(f"run: {run_dir}\n{args}", flush=True)
     if args.track:
         import wandb
 

@@ -482,7 +482,7 @@ def train(args: Args) -> Path:
     versions = {"python": platform.python_version()} | {m.__name__: m.__version__ for m in (torch, gym, np)}
     facts = dict(args=vars(args), command=shlex.join(sys.argv), commit=commit, machine=machine, versions=versions)
     (run_dir / (f"args-from-{global_step}.json" if saved else "args.json")).write_text(json.dumps(facts, indent=2))
-    print(f"run: {run_dir}\n{args}")
+    print(f"run: {run_dir}\n{args}", flush=True)
     videos = run_dir / f"videos-from-{global_step}" if args.capture_video else None
     eval_envs = [make_env(args.env_id, None if i else videos) for i in range(args.eval_episodes)]
     if args.track:

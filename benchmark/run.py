@@ -36,9 +36,7 @@ from benchmark import NAMES, ROOT, UserError, exit_code, scalars, script_of
 
 PRESETS = tomllib.loads((ROOT / "benchmark" / "presets.toml").read_text())
 STEPS = PRESETS.pop("steps")
-# Steps a second of so many MEow processes in all on Hopper-v4 that share one GPU through MPS, and without it; measured
-# with a prototype of the scripts on one H200
-GPU_RATES, WITHOUT_MPS = {1: 1457, 5: 4043, 15: 7977}, 1_600
+GPU_RUNS = ("walker2d", "ant", "humanoid")  # whose five runs each shared one H200 through MPS
 
 
 @dataclasses.dataclass
@@ -100,6 +98,15 @@ def measured() -> dict[tuple[str, str], float]:
     return turns.median().groupby(["implementation", "env_id"]).max().to_dict()
 
 
+def gpu_rates() -> dict[int, float]:
+    """Processes -> steps a second of all MEow processes that share one H200 through MPS, of committed tables."""
+    results = ROOT / "benchmark" / "results"
+    alone = pd.read_csv(results / "speed_h200.csv").query("implementation == 'MEow' and num_seeds == 1")
+    runs = pd.concat([pd.read_csv(results / f"{task}_meow.csv").assign(task=task) for task in GPU_RUNS])
+    together = runs.groupby(["task", "seed"])["SPS"].median()
+    return {1: alone["loop_sps"].median(), len(together): together.sum()}
+
+
 def estimate(cells: list[dict], args: Args) -> str:
     """What the cells cost on CPUs and on a GPU, by measured speeds."""
     rates, used, hours, total = measured(), {}, 0.0, sum(map(steps, cells))
@@ -112,13 +119,14 @@ def estimate(cells: list[dict], args: Args) -> str:
         hours += steps(cell) / rate / 3600
     side_by_side = min(max(1, int((os.cpu_count() or 1) / args.cpus)), max(1, len(cells)))
     k = max(1, int(1 / args.gpu_fraction)) if args.gpu_fraction else 15
-    rate = float(np.interp(k, list(GPU_RATES), list(GPU_RATES.values())))
+    gpu = gpu_rates()
+    rate = float(np.interp(k, list(gpu), list(gpu.values())))
     return (
         f"to run: {len(cells)} runs, {total:,} environment steps\n"
         f"  CPU: {hours:,.1f} core hours, {hours / side_by_side:,.1f} hours here, {side_by_side} at a time, by the "
         f"steps a second and core in benchmark/results/speed*.csv: {', '.join(used.values())}\n"
-        f"  GPU: {total / rate / 3600:,.1f} hours of one H200, {k} processes with MPS, {rate:,.0f} steps/s in all; "
-        f"without MPS {total / min(rate, WITHOUT_MPS) / 3600:,.1f} (speed measured for MEow on Hopper-v4)"
+        f"  GPU: {total / rate / 3600:,.1f} hours of one H200, {k} processes with MPS, {rate:,.0f} steps/s in all, "
+        f"by what {max(gpu)} processes of an older MEow made (benchmark/results/{GPU_RUNS[0]}_meow.csv and others)"
     )
 
 

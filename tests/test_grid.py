@@ -221,14 +221,18 @@ def test_presets_and_their_steps():
 
 
 def test_cost_and_mps(tmp_path, monkeypatch, capsys):
-    """Core hours are steps by the committed speeds; five processes on a GPU by what five made. MPS is asked for."""
+    """Core hours are steps by the committed speeds; five processes on a GPU between one and 15. MPS is asked for."""
     monkeypatch.setattr(run, "measured", lambda: {("MEow", "Hopper-v4"): 200.0, ("SAC", "Hopper-v4"): 100.0})
+    monkeypatch.setattr(run, "gpu_rates", lambda: {1: 500.0, 15: 4000.0})
     monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
     flags = dict(scripts=("meow", "sac"), env_ids=("Hopper-v4",), flags="--total-timesteps 720000", dry_run=True)
     run.main(run.Args(tmp_path / "g", **flags, gpu_fraction=0.2))
     printed = capsys.readouterr().out
     assert "2 runs, 1,440,000 environment steps" in printed and "CPU: 3.0 core hours" in printed  # 1 + 2
-    assert f"GPU: {1_440_000 / 4043 / 3600:.1f} hours" in printed and "nvidia-cuda-mps-control -d" in printed
+    assert (
+        "GPU: 0.3 hours of one H200, 5 processes with MPS, 1,500 steps/s" in printed
+        and "nvidia-cuda-mps-control -d" in printed
+    )
     (tmp_path / "control").touch()
     for fraction in (0.2, 0.0):
         run.main(run.Args(tmp_path / "g", **flags, gpu_fraction=fraction))
@@ -237,6 +241,7 @@ def test_cost_and_mps(tmp_path, monkeypatch, capsys):
 
 def test_measured_speeds_are_those_of_committed_tables():
     rates = run.measured()
+    assert 4_000 < run.gpu_rates()[15] < 6_000
     assert all(1 < rate < 1000 for rate in rates.values()) and {("MEow", "Hopper-v4"), ("SAC", "Ant-v4")} <= set(rates)
 
 
