@@ -96,7 +96,7 @@ BRAX = dict(num_envs=64, batch_size=256, updates_per_step=4, gamma=0.97, total_t
 BRAX.update(learning_starts=6_400, buffer_size=1_000_000, eval_frequency=128_000)  # for brax, found on its ant
 LIMITS = dict(gamma=(0, 1), tau=(0, 1), seed=(0, 2**31), learning_starts=(1, 1e12), log_sigma_min=(-20, 10))
 LIMITS.update(log_sigma_max=(-20, 10), dropout=(0, 0.99))  # every other number must be above 0
-EVAL_SEED = 10_000  # evaluation episodes start from the same states every time, where the simulator can
+EVAL_SEED = 10_000  # of every evaluation: on brax its episodes start from the same states
 Batch = collections.namedtuple("Batch", "obs actions rewards next_obs terminations")  # (B, O), D, 1, O, 1
 MAY_CHANGE = ("resume", "device", "compile", "total_timesteps", "capture_video", "track")
 

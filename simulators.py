@@ -13,8 +13,8 @@ N environments, O observation, D action. All tensors are on the device and are n
     sim.close()
 
 `obs` follows the action: where an episode ended it is the true last observation, while sim.obs belongs to the next
-episode. An environment is never terminated and truncated at once. `valid` is false for a step that
-the simulator spent on a reset: it is no transition, must not be learned from, and has reward 0.
+episode. An environment is never terminated and truncated at once. `valid` is false for a step that is no transition and
+must not be learned from: the simulator spent it on a reset (reward 0), or its physics was no longer finite.
 """
 
 from __future__ import annotations  # Isaac Gym needs Python 3.8
