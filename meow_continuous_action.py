@@ -351,12 +351,13 @@ def compiled(args: Args):
 
 
 def recorded(args: Args):
-    """Decorator of function(), which works on tensors that stay where they are: on a GPU it becomes a CUDA graph, one
-    launch for all its kernels, after three calls that compile and allocate. Every replay draws fresh random numbers."""
+    """Decorator of function(), which needs no gradients and works on tensors that stay where they are: on a GPU it
+    becomes a CUDA graph after three calls that compile and allocate. Every replay draws fresh random numbers."""
 
     def decorate(function):
         graph, stream, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count(1)
 
+        @torch.no_grad()
         def call() -> None:
             if (n := next(calls)) == 4:
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -370,7 +371,7 @@ def recorded(args: Args):
 
         return call
 
-    return decorate if args.device == "cuda" else lambda function: function
+    return decorate if args.device == "cuda" else torch.no_grad()
 
 
 def make_update(agent: MEow, buffer: ReplayBuffer, args: Args):
@@ -400,7 +401,6 @@ def make_update(agent: MEow, buffer: ReplayBuffer, args: Args):
         return grad * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), torch.cat([values, norm[None]])
 
     @recorded(args)
-    @torch.no_grad()
     def update() -> None:
         batch = buffer.sample(args.batch_size)
         bits = torch.empty(4, 2, args.batch_size, 16, dtype=torch.int64, device=device).random_(-(2**63), None)
@@ -494,7 +494,7 @@ def train(args: Args) -> Path:
 
     obs_in, actions_out = (torch.zeros(args.num_envs, n, device=args.device) for n in (obs_dim, action_dim))  # of act()
     sample = compiled(args)(agent.sample)
-    act = recorded(args)(torch.no_grad()(lambda: actions_out.copy_(sample(obs_in))))
+    act = recorded(args)(lambda: actions_out.copy_(sample(obs_in)))
 
     def save(name: str) -> None:
         """The state that --resume continues from; where it is not finite, in failed.pt."""
@@ -587,9 +587,7 @@ if __name__ == "__main__":
         sizes = envs[0].observation_space.shape + envs[0].action_space.shape
         require(load_checkpoint(Path(args.evaluate))["sizes"] == sizes, f"{args.evaluate} is not of {args.env_id}")
         returns, _ = evaluate(load_agent(args.evaluate, args.device)[0], envs, args)
-        print(
-            f"{args.env_id}: return {returns.mean():.2f} +- {returns.std():.2f}, each {np.round(returns, 1).tolist()}"
-        )
+        print(f"{args.env_id}: return {returns.mean():.2f} +- {returns.std():.2f}, of {returns.round(1).tolist()}")
         envs[0].close()  # which writes the video
     else:
         train(args)

@@ -342,12 +342,13 @@ def compiled(args: Args):
 
 
 def recorded(args: Args):
-    """Decorator of function(), which works on tensors that stay where they are: on a GPU it becomes a CUDA graph, one
-    launch for all its kernels, after three calls that compile and allocate. Every replay draws fresh random numbers."""
+    """Decorator of function(), which needs no gradients and works on tensors that stay where they are: on a GPU it
+    becomes a CUDA graph after three calls that compile and allocate. Every replay draws fresh random numbers."""
 
     def decorate(function):
         graph, stream, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count(1)
 
+        @torch.no_grad()
         def call() -> None:
             if (n := next(calls)) == 4:
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -361,7 +362,7 @@ def recorded(args: Args):
 
         return call
 
-    return decorate if args.device == "cuda" else lambda function: function
+    return decorate if args.device == "cuda" else torch.no_grad()
 
 
 def make_update(agent: MEow, buffer: ReplayBuffer, args: Args):
@@ -391,7 +392,6 @@ def make_update(agent: MEow, buffer: ReplayBuffer, args: Args):
         return grad * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), torch.cat([values, norm[None]])
 
     @recorded(args)
-    @torch.no_grad()
     def update() -> None:
         batch = buffer.sample(args.batch_size)
         bits = torch.empty(4, 2, args.batch_size, 16, dtype=torch.int64, device=device).random_(-(2**63), None)
@@ -495,7 +495,6 @@ def train(args: Args) -> Path:
     sample = compiled(args)(agent.sample)
 
     @recorded(args)
-    @torch.no_grad()
     def act() -> None:
         agent.standardizer.update(obs)
         actions.copy_(sample(agent.standardizer(obs)).nan_to_num())  # a NaN can take a simulator down; the log finds it

@@ -86,9 +86,9 @@ class Args:
 
 GOAL_MAP = dict(gamma=0.9, svgd_steps=5, batch_size=64, utd=0.5, num_envs=8, learning_starts=1_000)
 GOAL_MAP |= dict(total_timesteps=16_000, buffer_size=100_000, eval_frequency=2_000)
-STEPS = {"Hopper-v4": 1_500_000, "HalfCheetah-v4": 1_500_000, "Walker2d-v4": 4_000_000, "Humanoid-v4": 5_000_000}
-PRESETS = {task: dict(batch_size=100, total_timesteps=steps) for task, steps in STEPS.items()}  # -v5 takes those of -v4
-PRESETS["Ant-v4"] = dict(alpha=0.2, svgd_step_size=0.02, batch_size=100, total_timesteps=4_000_000)
+STEPS = {"Hopper": 1.5, "HalfCheetah": 1.5, "Walker2d": 4, "Ant": 4, "Humanoid": 5}  # millions, as in MEow's paper
+PRESETS = {f"{task}-v4": dict(batch_size=100, total_timesteps=int(n * 1e6)) for task, n in STEPS.items()}  # or -v5
+PRESETS["Ant-v4"] |= dict(alpha=0.2, svgd_step_size=0.02)
 PRESETS["multigoal:MultiGoal-v0"] = GOAL_MAP | dict(alpha=2.5, svgd_step_size=0.025)
 PRESETS["multigoal:MultiGoalAsymmetric-v0"] = GOAL_MAP | dict(alpha=10.0, gamma=0.8)
 LIMITS = dict(gamma=(0, 1), tau=(0, 1), seed=(0, 2**31), learning_starts=(1, 1e12), log_sigma_min=(-20, 10))
@@ -332,12 +332,13 @@ def compiled(args: Args):
 
 
 def recorded(args: Args):
-    """Decorator of function(), which works on tensors that stay where they are: on a GPU it becomes a CUDA graph, one
-    launch for all its kernels, after three calls that compile and allocate. Every replay draws fresh random numbers."""
+    """Decorator of function(), which needs no gradients and works on tensors that stay where they are: on a GPU it
+    becomes a CUDA graph after three calls that compile and allocate. Every replay draws fresh random numbers."""
 
     def decorate(function):
         graph, stream, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count(1)
 
+        @torch.no_grad()
         def call() -> None:
             if (n := next(calls)) == 4:
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -351,7 +352,7 @@ def recorded(args: Args):
 
         return call
 
-    return decorate if args.device == "cuda" else lambda function: function
+    return decorate if args.device == "cuda" else torch.no_grad()
 
 
 def make_update(agent: S2AC, buffer: ReplayBuffer, args: Args):
@@ -399,7 +400,6 @@ def make_update(agent: S2AC, buffer: ReplayBuffer, args: Args):
         return concatenate(grads.values()), phi.norm(dim=-1).mean()
 
     @recorded(args)
-    @torch.no_grad()
     def update() -> None:
         batch = buffer.sample(args.batch_size)
         xi = truncated_normal(2, args.svgd_particles, *batch.actions.shape, device=device)
@@ -499,7 +499,7 @@ def train(args: Args) -> Path:
 
     obs_in, actions_out = (torch.zeros(args.num_envs, n, device=args.device) for n in (obs_dim, action_dim))  # of act()
     sample = compiled(args)(agent.sample)
-    act = recorded(args)(torch.no_grad()(lambda: actions_out.copy_(sample(obs_in))))
+    act = recorded(args)(lambda: actions_out.copy_(sample(obs_in)))
 
     def save(name: str) -> None:
         """The state that --resume continues from; where it is not finite, in failed.pt."""
@@ -592,9 +592,7 @@ if __name__ == "__main__":
         sizes = envs[0].observation_space.shape + envs[0].action_space.shape
         require(load_checkpoint(Path(args.evaluate))["sizes"] == sizes, f"{args.evaluate} is not of {args.env_id}")
         returns, _ = evaluate(load_agent(args.evaluate, args.device)[0], envs, args)
-        print(
-            f"{args.env_id}: return {returns.mean():.2f} +- {returns.std():.2f}, each {np.round(returns, 1).tolist()}"
-        )
+        print(f"{args.env_id}: return {returns.mean():.2f} +- {returns.std():.2f}, of {returns.round(1).tolist()}")
         envs[0].close()  # which writes the video
     else:
         train(args)

@@ -21,7 +21,6 @@ and it is that of the actor, not of exp(Q / alpha). B: batch, O: observation, D:
 import collections
 import copy
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -91,7 +90,7 @@ PRESETS = {  # CleanRL's settings are the defaults; steps as in MEow's paper; a 
     "multigoal:MultiGoal-v0": GOAL_MAP | dict(alpha=2.5),
     "multigoal:MultiGoalAsymmetric-v0": GOAL_MAP | dict(alpha=10.0, gamma=0.8),
 }
-LIMITS = dict(gamma=(0, 1), tau=(0, 1), seed=(0, 2**31), learning_starts=(1, 1e12), log_sigma_min=(-20, 10))
+LIMITS = dict(gamma=(0, 1), tau=(0, 1), seed=(0, 2**31), learning_starts=(1, 1e12))
 LIMITS |= dict(policy_frequency=(1, 1e6))  # every other number must be above 0
 EVAL_SEED = 10_000  # evaluation episodes start from seeds 10000, 10001, ..., whatever --seed is
 Batch = collections.namedtuple("Batch", "obs actions rewards next_obs terminations")  # (B, O), D, 1, O, 1
@@ -278,8 +277,7 @@ class SAC(nn.Module):
 
     def policy_metrics(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Means over the batch: entropy in nats, log sigma."""
-        entropy = -self.sample_with_log_prob(obs)[1].mean()
-        return dict(entropy=entropy, log_sigma=self.actor.gaussian(obs)[1].mean())
+        return dict(entropy=-self.sample_with_log_prob(obs)[1].mean(), log_sigma=self.actor.gaussian(obs)[1].mean())
 
 
 Agent = SAC  # its name in what the scripts share
@@ -315,12 +313,13 @@ def compiled(args: Args):
 
 
 def recorded(args: Args):
-    """Decorator of function(), which works on tensors that stay where they are: on a GPU it becomes a CUDA graph, one
-    launch for all its kernels, after three calls that compile and allocate. Every replay draws fresh random numbers."""
+    """Decorator of function(), which needs no gradients and works on tensors that stay where they are: on a GPU it
+    becomes a CUDA graph after three calls that compile and allocate. Every replay draws fresh random numbers."""
 
     def decorate(function):
         graph, stream, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count(1)
 
+        @torch.no_grad()
         def call() -> None:
             if (n := next(calls)) == 4:
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -334,20 +333,18 @@ def recorded(args: Args):
 
         return call
 
-    return decorate if args.device == "cuda" else lambda function: function
+    return decorate if args.device == "cuda" else torch.no_grad()
 
 
-def make_update(agent: SAC, buffer: ReplayBuffer, args: Args):
-    """update(), a gradient step of equation (5) and, every policy_frequency-th time, as many of (6) and (7) on the same
-    batch; its METRICS (10,), which it overwrites; and what it moves, by name."""
+def make_update(agent: nn.Module, buffer: ReplayBuffer, args: Args):
+    """update(), equation (5) and, each policy_frequency-th time, as often (6), (7); its METRICS (10,); what it moves"""
     target = copy.deepcopy(agent.qf).requires_grad_(False)  # Q'
     q_params, target_params, actor_params = flatten(agent.qf), flatten(target), flatten(agent.actor)
     log_alpha, updates, device = agent.log_alpha.detach(), itertools.count(), q_params.device
-    metrics = torch.zeros(len(METRICS), device=device)
-    obs = torch.zeros(args.batch_size, buffer.widths[0], device=device)  # of the last batch
-    adam = functools.partial(torch.optim.Adam, fused=True, capturable=True)
-    q_optimizer, actor_optimizer = adam([q_params], args.q_lr), adam([actor_params], args.policy_lr)
-    alpha_optimizer = adam([log_alpha], args.q_lr)
+    metrics, obs = q_params.new_zeros(len(METRICS)), q_params.new_zeros(args.batch_size, buffer.widths[0])
+    q_optimizer = torch.optim.Adam([q_params], args.q_lr, fused=True, capturable=True)
+    actor_optimizer = torch.optim.Adam([actor_params], args.policy_lr, fused=True, capturable=True)
+    alpha_optimizer = torch.optim.Adam([log_alpha], args.q_lr, fused=True, capturable=True)
 
     @compiled(args)
     def q_gradient(q_params, target_params, actor_params, log_alpha, batch: Batch, noise: torch.Tensor):
@@ -381,25 +378,20 @@ def make_update(agent: SAC, buffer: ReplayBuffer, args: Args):
         return concatenate(grads.values()), alpha_loss, torch.stack([actor_loss, alpha_loss, alpha])
 
     @recorded(args)
-    @torch.no_grad()
     def update_q() -> None:
         batch = buffer.sample(args.batch_size)
         noise = torch.randn(batch.actions.shape, device=device)
         q_params.grad, values = q_gradient(q_params, target_params, actor_params, log_alpha, batch, noise)
         q_optimizer.step()
         target_params.lerp_(q_params, args.tau)  # Q' <- Q' + tau (Q - Q')
-        metrics[:7].copy_(values)
-        obs.copy_(batch.obs)
+        metrics[:7].copy_(values), obs.copy_(batch.obs)  # which update_actor() takes
 
     @recorded(args)
-    @torch.no_grad()
     def update_actor() -> None:
         noise = torch.randn(args.batch_size, agent.action_dim, device=device)
         actor_params.grad, alpha_grad, values = actor_gradient(actor_params, q_params, log_alpha, obs, noise)
-        actor_optimizer.step()
-        if args.autotune:
-            log_alpha.grad = alpha_grad
-            alpha_optimizer.step()
+        log_alpha.grad = alpha_grad if args.autotune else None
+        actor_optimizer.step(), alpha_optimizer.step()
         metrics[7:].copy_(values)
 
     def update() -> None:
@@ -493,7 +485,7 @@ def train(args: Args) -> Path:
 
     obs_in, actions_out = (torch.zeros(args.num_envs, n, device=args.device) for n in (obs_dim, action_dim))  # of act()
     sample = compiled(args)(agent.sample)
-    act = recorded(args)(torch.no_grad()(lambda: actions_out.copy_(sample(obs_in))))
+    act = recorded(args)(lambda: actions_out.copy_(sample(obs_in)))
 
     def save(name: str) -> None:
         """The state that --resume continues from; where it is not finite, in failed.pt."""
@@ -586,9 +578,7 @@ if __name__ == "__main__":
         sizes = envs[0].observation_space.shape + envs[0].action_space.shape
         require(load_checkpoint(Path(args.evaluate))["sizes"] == sizes, f"{args.evaluate} is not of {args.env_id}")
         returns, _ = evaluate(load_agent(args.evaluate, args.device)[0], envs, args)
-        print(
-            f"{args.env_id}: return {returns.mean():.2f} +- {returns.std():.2f}, each {np.round(returns, 1).tolist()}"
-        )
+        print(f"{args.env_id}: return {returns.mean():.2f} +- {returns.std():.2f}, of {returns.round(1).tolist()}")
         envs[0].close()  # which writes the video
     else:
         train(args)

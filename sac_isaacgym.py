@@ -26,7 +26,6 @@ import simulators  # isort: skip  before torch, as Isaac Gym demands it
 import collections
 import copy
 import dataclasses
-import functools
 import itertools
 import json
 import math
@@ -271,8 +270,7 @@ class SAC(nn.Module):
 
     def policy_metrics(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Means over the batch: entropy in nats, log sigma."""
-        entropy = -self.sample_with_log_prob(obs)[1].mean()
-        return dict(entropy=entropy, log_sigma=self.actor.gaussian(obs)[1].mean())
+        return dict(entropy=-self.sample_with_log_prob(obs)[1].mean(), log_sigma=self.actor.gaussian(obs)[1].mean())
 
 
 Agent = SAC  # its name in what the scripts share
@@ -308,12 +306,13 @@ def compiled(args: Args):
 
 
 def recorded(args: Args):
-    """Decorator of function(), which works on tensors that stay where they are: on a GPU it becomes a CUDA graph, one
-    launch for all its kernels, after three calls that compile and allocate. Every replay draws fresh random numbers."""
+    """Decorator of function(), which needs no gradients and works on tensors that stay where they are: on a GPU it
+    becomes a CUDA graph after three calls that compile and allocate. Every replay draws fresh random numbers."""
 
     def decorate(function):
         graph, stream, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count(1)
 
+        @torch.no_grad()
         def call() -> None:
             if (n := next(calls)) == 4:
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -327,20 +326,18 @@ def recorded(args: Args):
 
         return call
 
-    return decorate if args.device == "cuda" else lambda function: function
+    return decorate if args.device == "cuda" else torch.no_grad()
 
 
-def make_update(agent: SAC, buffer: ReplayBuffer, args: Args):
-    """update(), a gradient step of equation (5) and, every policy_frequency-th time, as many of (6) and (7) on the same
-    batch; its METRICS (10,), which it overwrites; and what it moves, by name."""
+def make_update(agent: nn.Module, buffer: ReplayBuffer, args: Args):
+    """update(), equation (5) and, each policy_frequency-th time, as often (6), (7); its METRICS (10,); what it moves"""
     target = copy.deepcopy(agent.qf).requires_grad_(False)  # Q'
     q_params, target_params, actor_params = flatten(agent.qf), flatten(target), flatten(agent.actor)
     log_alpha, updates, device = agent.log_alpha.detach(), itertools.count(), q_params.device
-    metrics = torch.zeros(len(METRICS), device=device)
-    obs = torch.zeros(args.batch_size, buffer.widths[0], device=device)  # of the last batch
-    adam = functools.partial(torch.optim.Adam, fused=True, capturable=True)
-    q_optimizer, actor_optimizer = adam([q_params], args.q_lr), adam([actor_params], args.policy_lr)
-    alpha_optimizer = adam([log_alpha], args.q_lr)
+    metrics, obs = q_params.new_zeros(len(METRICS)), q_params.new_zeros(args.batch_size, buffer.widths[0])
+    q_optimizer = torch.optim.Adam([q_params], args.q_lr, fused=True, capturable=True)
+    actor_optimizer = torch.optim.Adam([actor_params], args.policy_lr, fused=True, capturable=True)
+    alpha_optimizer = torch.optim.Adam([log_alpha], args.q_lr, fused=True, capturable=True)
 
     @compiled(args)
     def q_gradient(q_params, target_params, actor_params, log_alpha, batch: Batch, noise: torch.Tensor):
@@ -374,25 +371,20 @@ def make_update(agent: SAC, buffer: ReplayBuffer, args: Args):
         return concatenate(grads.values()), alpha_loss, torch.stack([actor_loss, alpha_loss, alpha])
 
     @recorded(args)
-    @torch.no_grad()
     def update_q() -> None:
         batch = buffer.sample(args.batch_size)
         noise = torch.randn(batch.actions.shape, device=device)
         q_params.grad, values = q_gradient(q_params, target_params, actor_params, log_alpha, batch, noise)
         q_optimizer.step()
         target_params.lerp_(q_params, args.tau)  # Q' <- Q' + tau (Q - Q')
-        metrics[:7].copy_(values)
-        obs.copy_(batch.obs)
+        metrics[:7].copy_(values), obs.copy_(batch.obs)  # which update_actor() takes
 
     @recorded(args)
-    @torch.no_grad()
     def update_actor() -> None:
         noise = torch.randn(args.batch_size, agent.action_dim, device=device)
         actor_params.grad, alpha_grad, values = actor_gradient(actor_params, q_params, log_alpha, obs, noise)
-        actor_optimizer.step()
-        if args.autotune:
-            log_alpha.grad = alpha_grad
-            alpha_optimizer.step()
+        log_alpha.grad = alpha_grad if args.autotune else None
+        actor_optimizer.step(), alpha_optimizer.step()
         metrics[7:].copy_(values)
 
     def update() -> None:
@@ -496,7 +488,6 @@ def train(args: Args) -> Path:
     sample = compiled(args)(agent.sample)
 
     @recorded(args)
-    @torch.no_grad()
     def act() -> None:
         agent.standardizer.update(obs)
         actions.copy_(sample(agent.standardizer(obs)).nan_to_num())  # a NaN can take a simulator down; the log finds it

@@ -306,12 +306,13 @@ def compiled(args: Args):
 
 
 def recorded(args: Args):
-    """Decorator of function(), which works on tensors that stay where they are: on a GPU it becomes a CUDA graph, one
-    launch for all its kernels, after three calls that compile and allocate. Every replay draws fresh random numbers."""
+    """Decorator of function(), which needs no gradients and works on tensors that stay where they are: on a GPU it
+    becomes a CUDA graph after three calls that compile and allocate. Every replay draws fresh random numbers."""
 
     def decorate(function):
         graph, stream, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), itertools.count(1)
 
+        @torch.no_grad()
         def call() -> None:
             if (n := next(calls)) == 4:
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -325,7 +326,7 @@ def recorded(args: Args):
 
         return call
 
-    return decorate if args.device == "cuda" else lambda function: function
+    return decorate if args.device == "cuda" else torch.no_grad()
 
 
 def make_update(agent: SQL, buffer: ReplayBuffer, args: Args):
@@ -362,7 +363,6 @@ def make_update(agent: SQL, buffer: ReplayBuffer, args: Args):
         return concatenate(grads.values()), phi.norm(dim=-1).mean()
 
     @recorded(args)
-    @torch.no_grad()
     def update() -> None:
         batch = buffer.sample(args.batch_size)
         next_actions = torch.rand(args.value_samples, *batch.actions.shape, device=device) * 2 - 1  # (M, B, D)
@@ -459,7 +459,7 @@ def train(args: Args) -> Path:
 
     obs_in, actions_out = (torch.zeros(args.num_envs, n, device=args.device) for n in (obs_dim, action_dim))  # of act()
     sample = compiled(args)(agent.sample)
-    act = recorded(args)(torch.no_grad()(lambda: actions_out.copy_(sample(obs_in))))
+    act = recorded(args)(lambda: actions_out.copy_(sample(obs_in)))
 
     def save(name: str) -> None:
         """The state that --resume continues from; where it is not finite, in failed.pt."""
@@ -552,9 +552,7 @@ if __name__ == "__main__":
         sizes = envs[0].observation_space.shape + envs[0].action_space.shape
         require(load_checkpoint(Path(args.evaluate))["sizes"] == sizes, f"{args.evaluate} is not of {args.env_id}")
         returns, _ = evaluate(load_agent(args.evaluate, args.device)[0], envs, args)
-        print(
-            f"{args.env_id}: return {returns.mean():.2f} +- {returns.std():.2f}, each {np.round(returns, 1).tolist()}"
-        )
+        print(f"{args.env_id}: return {returns.mean():.2f} +- {returns.std():.2f}, of {returns.round(1).tolist()}")
         envs[0].close()  # which writes the video
     else:
         train(args)

@@ -188,8 +188,9 @@ PAPER = {  # alpha, tau, log_sigma_max, learning starts, steps: MEow's paper, ap
 }
 COMMON = dict(gamma=0.99, batch_size=256, buffer_size=1_000_000, utd=1, num_envs=1, eval_frequency=10_000)
 COMMON |= dict(eval_episodes=10, deterministic_eval=True)
-OTHERS = {  # CleanRL's; Haarnoja et al.'s; Messaoud et al.'s
+OTHERS = {  # CleanRL's, for SAC-NF, too; Haarnoja et al.'s; Messaoud et al.'s
     "sac": dict(policy_lr=3e-4, q_lr=1e-3, tau=0.005, policy_frequency=2, autotune=True),
+    "sac_nf": dict(policy_lr=3e-4, q_lr=1e-3, tau=0.005, policy_frequency=2, autotune=True),
     "sql": dict(learning_rate=3e-4, tau=0.005, value_samples=16, particles=16),
     "s2ac": dict(learning_rate=3e-4, tau=0.005, svgd_particles=10, variant="phi-theta", batch_size=100),
 }
