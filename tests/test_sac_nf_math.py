@@ -17,7 +17,7 @@ def random_agent(obs_dim: int, action_dim: int) -> sac_nf.SACNF:
     with torch.no_grad():
         [net.linears[-1].weight.mul_(0.3) for net in agent.actor.nets]  # actions stay on the grid of the quadrature
         agent.actor.gaussian_net[-1].weight.mul_(0.2)
-        agent.actor.gaussian_net[-1].bias[action_dim:] = 0.2  # log sigma about -0.8
+        agent.actor.gaussian_net[-1].bias[action_dim:] = 0.0  # log sigma about -1.5
     return agent
 
 
