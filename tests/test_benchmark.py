@@ -1,5 +1,6 @@
 """The commands that measure: speed and the studies, values against something independent."""
 
+import collections
 import csv
 import json
 import re
@@ -125,16 +126,19 @@ def test_densities_have_the_moments_of_their_samples(name):
 
 
 def test_entropy_study(tmp_path, monkeypatch):
-    """The paper's Gaussian is found with the paper's bandwidth, not with 0.1; quadrature agrees with closed forms."""
+    """A row for each setting and number of steps, exact entropies by another way, and a page of pictures."""
     paper = entropy.targets()["paper"]
     assert abs(entropy.quadrature(paper) - paper.entropy()) < 1e-3
-    monkeypatch.setattr(entropy, "targets", lambda: {"paper": paper})
-    monkeypatch.setattr(entropy, "SWEEPS", {"sigma": (0.1, 5.0)})
-    monkeypatch.setattr(entropy, "PAPER", entropy.PAPER | dict(steps=100))
-    entropy.main(entropy.Args(csv=tmp_path / "entropy.csv", png=None, seeds=3))
-    narrow, wide = read_csv(tmp_path / "entropy.csv")
-    assert abs(float(wide["estimate"]) - float(wide["exact"])) < 0.1 and abs(float(wide["exact"]) - 3.413) < 1e-3
-    assert abs(float(narrow["estimate"]) - float(narrow["exact"])) > 0.5
+    monkeypatch.setattr(entropy, "STEPS", (10, 20))
+    monkeypatch.setattr(entropy, "PARTICLES", (5, 10))
+    monkeypatch.setattr(entropy, "PAPER", dict(particles=10, steps=20, sigma=5.0))
+    entropy.main(entropy.Args(csv=tmp_path / "entropy.csv", png=tmp_path / "entropy.png", seeds=2))
+    rows = read_csv(tmp_path / "entropy.csv")
+    count = collections.Counter((row["target"], row["varied"]) for row in rows)
+    assert count["paper", "grid"] == 4 == count["mixture of 8", "grid"] and count["paper", "sampler"] == 4
+    assert count["variance 4", "sigma"] == 8 == count["paper", "sigma"] and (tmp_path / "entropy.png").stat().st_size
+    exact = {row["target"]: float(row["exact"]) for row in rows}
+    assert abs(exact["paper"] - 3.413) < 1e-3 and abs(exact["variance 1"] - 2.838) < 1e-3
 
 
 def test_value_estimators(tmp_path, monkeypatch):

@@ -36,7 +36,7 @@ EXACT = 1 + math.log(2 * math.pi) + 0.5 * torch.tensor([[1.13, 0.82], [0.82, 3.3
 def estimated_entropies(sigma: float, seeds: int = 10) -> torch.Tensor:
     """-mean log q^L, (seeds,), for the paper's start, steps and particles; seeds take the place of states."""
     torch.manual_seed(0)
-    return entropy.run(TARGET, seeds, **PAPER | dict(sigma=sigma))[1]
+    return next(entropy.run(TARGET, seeds, PAPER["particles"], [PAPER["steps"]], sigma=sigma))[2]
 
 
 def test_entropy_of_the_papers_gaussian():
@@ -61,6 +61,20 @@ def test_entropy_misses_with_the_particles_own_hessian():
         estimated_entropies(sigma=5.0, seeds=3) + PAPER["steps"] * entropy.EPS / PAPER["particles"] * traces.mean()
     )
     assert (entropies - EXACT).abs().min() > 0.5 and entropies.mean() == pytest.approx(2.70, abs=0.05)
+
+
+@pytest.mark.parametrize("sampler", ["SGLD", "DLD", "HMC"])
+def test_entropy_misses_with_other_samplers(sampler):
+    """Proposition 3.4. On a Gaussian the trace is the same everywhere, so that the estimate is known."""
+    torch.manual_seed(0)
+    n, trace = 200, -TARGET.precision_matrix.trace().item()
+    _, u, estimates = next(entropy.run(TARGET, 3, 200, [n], sampler=sampler))
+    first = entropy.EPS**2 / 2 if sampler == "HMC" else entropy.EPS
+    start = entropy.START.entropy().item() * 2  # in two dimensions
+    assert estimates.mean() == pytest.approx(start + n * first * trace, abs=0.1)
+    assert (estimates - EXACT).abs().min() > 0.3
+    spread = {"SGLD": 4.52, "DLD": 0.0, "HMC": 0.0}[sampler]  # the target's variances are 1.13 and 3.39
+    assert sampler == "HMC" or u.var(0).sum(-1).mean() == pytest.approx(spread, rel=0.5, abs=1e-3)
 
 
 # Density, direction, score
