@@ -26,7 +26,10 @@ VANILLA = ("no reward shifts", "ablation_hopper", "--no-reward", "MEow vanilla")
 AFFINE = ("affine couplings", "ablation_hopper", "--coupling affine", "")
 FIVE = {f"{x}-v4": [("MEow", f"{x.lower()}_meow", "", "MEow"), ("SAC", f"{x.lower()}_sac", "", "")] for x in TASKS}
 CURVES = {"five_tasks": FIVE, "ablations": {"Hopper-v4": [MEOW, AFFINE, LRS, VANILLA]}}
-CURVES |= {"mixture": {"Hopper-v4": [MEOW, ("MEow's mixture", "mixture_hopper", "", "")]}}
+MIXTURE = "MEow's mixture"
+CURVES["mixture"] = {"Hopper-v4": [MEOW, (MIXTURE, "mixture_hopper", "", "")]}
+CURVES["mixture"]["HalfCheetah-v4"] = [("MEow", "halfcheetah_meow", "", "MEow")]
+CURVES["mixture"]["HalfCheetah-v4"] += [(MIXTURE, "mixture_halfcheetah_curves", "--exp-name mixture", "")]
 CURVES |= {"s2ac": {"Hopper-v4": [SAC, ("S²AC(φ, θ)", "s2ac_hopper", "", "")]}, "sb3": {}}
 CURVES["rewrite"] = {"Hopper-v4": [MEOW, ("MEow, present text", "hopper_meow_100k", "", ""), SAC]}
 CURVES["rewrite"]["Hopper-v4"] += [("SAC, present text", "hopper_sac_100k", "", "")]
@@ -107,6 +110,9 @@ def tables() -> dict[str, str]:
     rows = read("truth_presets")
     rows["least_goal_%"] = [min(map(int, goals.split(" / "))) / 4 for goals in rows["goals"]]  # of 400 rollouts
     found["goals"] = table(rows, "env_id algorithm", "least_goal_%:0 return:0 v_origin:1 optimum_origin:1 rmse:1 kl:2")
+    rows = read("densities")
+    rows["least_goal_%"] = [min(map(int, goals.split(" / "))) / 4 for goals in rows["goals"]]
+    found["densities"] = table(rows, "trial", "least_goal_%:0 return:0 rmse:1 kl:2 mass:3")
     found["temperatures"] = table(read("truth"), "env_id alpha", "kl:2", "algorithm")
     rows = read("estimation_multigoal", "estimation_hopper", states=["visited"], M=["1", "16", "1024"])
     found["estimators"] = table(rows, "env_id estimator", "bias:2", "M")
@@ -116,6 +122,10 @@ def tables() -> dict[str, str]:
     rows = read("speed", "speed_large", threads=one, env_id=["Hopper-v4", "Humanoid-v4"])
     found["speed"] = table(rows, "env_id implementation", timing)
     found["speed_now"] = table(read("speed_hopper"), "threads implementation", timing)
+    found["acting"] = table(read("acting"), "algorithm", "draw_ms:3", "env_id")
+    rows = read("compiled_eager").astype({"step": int})
+    last = rows[rows["step"] == rows.groupby("env_id")["step"].transform("max")]
+    found["compiled_eager"] = table(last, "env_id step", "return:0", "compile")
     found["speed_eager"] = table(read("speed_eager"), "implementation", "update_ms:2", "mode")
     rows = read("speed_growth", num_seeds=one, implementation=["MEow"])
     found["speed_growth"] = table(rows, "batch_size num_envs", timing)
