@@ -31,7 +31,7 @@ from benchmark.run import run_folders
 COLUMNS = ["step", "return", "SPS", "seed", "commit", "machine", "command"]
 PLAIN = "env-id seed exp-name total-timesteps total-steps device compile torch-deterministic track capture-video resume"
 PLAIN = {*PLAIN.split(), "eval-frequency", "eval-episodes", "checkpoint-frequency"}
-PLAIN |= {*"num-seeds async-envs checkpoint-minutes debug wandb-project-name wandb-entity".split()}  # of older commits
+PLAIN |= {*"num-seeds async-envs checkpoint-minutes jobs debug wandb-project-name wandb-entity".split()}  # of older commits
 PAPER = "MEow paper figure 3 (digitised)"
 ABLATION = "MEow paper figure 6 ablation (digitised)"
 ABLATIONS = {"no-reward-shift": "MEow vanilla", "no-clipped-double-q": "MEow LRS only"}
@@ -204,6 +204,7 @@ def draw_curves(ax, rows: pd.DataFrame, color: dict, title: str, references: Cal
             shown = reference[reference.index <= 1.2 * rows["step"].max()]
             ax.plot(shown, style, label=f"{method} {label}" if len(shown) else None, **look)
     ax.set(title=title, xlabel="environment steps", ylabel="return")
+    ax.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k")
 
 
 def final_table(page: Page, rows: pd.DataFrame, curves: pd.Series, reps: int) -> None:
@@ -247,6 +248,7 @@ def aggregates(page: Page, name: str, rows: pd.DataFrame, curves: pd.Series, rep
         ax.plot(point[0], method, "o", color=color[method])
         ax.plot(ends[:, 0], [method] * 2, color=color[method], linewidth=4, alpha=0.5)
     ax.invert_yaxis()
+    ax.margins(y=0.2)
     ax.set(xlabel="IQM of the scores with 95% interval; 1 is the paper's final MEow")
     page.table(lines)
     page.picture(figure, f"{name}_aggregates", "Aggregate scores with intervals")
@@ -270,7 +272,8 @@ def main(args: Args) -> None:
         page.text(f"All runs have the flags {'; '.join(shared)}, which are not in their names below.")
     [page.text(f"Left out: {line}.") for line in left_out]
     groups = {"Algorithms": rows[rows["variant"] == ""]}
-    groups |= {f"Variants of {name}": own for name, own in rows.groupby("algorithm", sort=False) if any(own["variant"])}
+    varied = rows.groupby(["algorithm", "env_id"])["variant"].transform(any)  # tasks on which a variant was run
+    groups |= {f"Variants of {name}": own for name, own in rows[varied].groupby("algorithm", sort=False)}
     for name, own in ((name, own) for name, own in groups.items() if len(own)):
         page.text(name, "h2")
         for env_id, on_task in own.groupby("env_id", sort=False):

@@ -149,7 +149,6 @@ def draw(name: str) -> None:
             ax.remove()
         else:
             draw_curves(ax, rows[rows["task"] == task], colors(rows["method"].unique()), task, paper_of)
-            ax.xaxis.set_major_formatter(lambda step, _: f"{step / 1000:g}k")
     save_picture(figure, ROOT / f"docs/{name}.png")
 
 
