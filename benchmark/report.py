@@ -30,8 +30,8 @@ from benchmark.run import run_folders
 
 COLUMNS = ["step", "return", "SPS", "seed", "commit", "machine", "command"]
 PLAIN = "env-id seed exp-name total-timesteps total-steps device compile torch-deterministic track capture-video resume"
-PLAIN = {*PLAIN.split(), "eval-frequency", "eval-episodes", "checkpoint-frequency"}
-PLAIN |= {*"num-seeds async-envs checkpoint-minutes jobs debug wandb-project-name wandb-entity".split()}  # of older commits
+OLDER = "num-seeds async-envs checkpoint-minutes jobs debug wandb-project-name wandb-entity"  # of older commits
+PLAIN = {*f"{PLAIN} {OLDER} eval-frequency eval-episodes checkpoint-frequency".split()}
 PAPER = "MEow paper figure 3 (digitised)"
 ABLATION = "MEow paper figure 6 ablation (digitised)"
 ABLATIONS = {"no-reward-shift": "MEow vanilla", "no-clipped-double-q": "MEow LRS only"}

@@ -33,6 +33,10 @@ CURVES["mixture"]["HalfCheetah-v4"] += [(MIXTURE, "mixture_halfcheetah_curves", 
 CURVES |= {"s2ac": {"Hopper-v4": [SAC, ("S²AC(φ, θ)", "s2ac_hopper", "", "")]}, "sb3": {}}
 CURVES["rewrite"] = {"Hopper-v4": [MEOW, ("MEow, present text", "hopper_meow_100k", "", ""), SAC]}
 CURVES["rewrite"]["Hopper-v4"] += [("SAC, present text", "hopper_sac_100k", "", "")]
+NF = [("SAC", "{}_sac", "", ""), ("SAC-NF", "sac_nf", "--env-id {}-v4", ""), ("MEow", "{}_meow", "", "")]
+CURVES["sac_nf"] = {
+    f"{x}-v4": [(m, csv.format(x.lower()), words.format(x), p) for m, csv, words, p in NF] for x in TASKS[:2]
+}
 for x in ("Pendulum-v1", "Hopper-v4"):
     CURVES["sb3"][x] = [("SAC", f"sb3_{x}", "sac_continuous", ""), ("SAC of SB3", f"sb3_{x}", "benchmark.sb3", "")]
 
@@ -63,7 +67,7 @@ def curves(name: str) -> pd.DataFrame:
             rows = rows[rows["command"].str.contains(words, regex=False)]
             parts.append(rows.assign(task=task, method=method, paper=paper))
     rows = pd.concat(parts).astype({"step": int, "seed": int, "return": float})
-    return rows[rows["step"] <= 100_000] if name == "rewrite" else rows  # as far as both texts went
+    return rows[rows["step"] <= 100_000] if name in ("rewrite", "sac_nf") else rows  # as far as all of them went
 
 
 def paper_of(run: pd.Series) -> dict[str, pd.Series]:
@@ -118,6 +122,10 @@ def tables() -> dict[str, str]:
     found["estimators"] = table(rows, "env_id estimator", "bias:2", "M")
     rows = read("entropy", varied=["sigma"], target=["paper", "variance 1", "variance 16", "mixture of 4"])
     found["entropies"] = table(rows, "target exact", "estimate:2", "sigma")
+    rows = read("entropy", varied=["sampler"])
+    found["samplers"] = table(rows, "sampler exact", "estimate:2 spread:2 particles_entropy:2")
+    rows = read("entropy", varied=["grid"], target=["paper"], particles=["200"])
+    found["entropy_steps"] = table(rows, "steps exact", "estimate:2 spread:2 particles_entropy:2")
     timing, one = "update_ms:2 act_ms:3 loop_sps:0", ["1"]
     rows = read("speed", "speed_large", threads=one, env_id=["Hopper-v4", "Humanoid-v4"])
     found["speed"] = table(rows, "env_id implementation", timing)
