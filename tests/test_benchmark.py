@@ -10,6 +10,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ import benchmark
 import meow_continuous_action as meow
 import s2ac_continuous_action as s2ac
 from benchmark import colors, read_csv, run_missing, script_of, speed, write_csv
-from benchmark.studies import densities, entropy, goal_map_optimum, value_estimators
+from benchmark.studies import densities, entropy, goal_map_optimum, s2ac_actions, value_estimators
 from numerics import action_grid
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,6 +140,38 @@ def test_entropy_study(tmp_path, monkeypatch):
     assert count["variance 4", "sigma"] == 8 == count["paper", "sigma"] and (tmp_path / "entropy.png").stat().st_size
     exact = {row["target"]: float(row["exact"]) for row in rows}
     assert abs(exact["paper"] - 3.413) < 1e-3 and abs(exact["variance 1"] - 2.838) < 1e-3
+
+
+@torch.no_grad()
+def test_s2ac_actions(tmp_path, monkeypatch):
+    """Each choice is what it says, and a rollout of one step gives the task's own reward and the entropy after it."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    agent = s2ac.S2AC(11, 3, args := s2ac.Args("Hopper-v4", variant="phi-theta-psi", eval_episodes=1))
+    obs, noise = torch.randn(6, 11), torch.randn(10, 6, 3)
+    policy = agent.policy
+    monkeypatch.setattr(agent, "policy", lambda obs: policy(obs, noise[:, : len(obs)]))
+    actions, log_prob = agent.policy(obs)
+    chosen = {name: act(obs) for name, act in s2ac_actions.choices(agent).items()}
+    q = agent.q(obs.expand(10, -1, -1), actions).amin(-1)
+    torch.testing.assert_close(agent.q(obs, chosen["best"]).amin(-1), q.amax(0))
+    assert torch.equal(chosen["likely"][2], actions[log_prob[:, 2].argmax(), 2])
+    assert torch.equal(chosen["random"], actions[0]) and torch.equal(chosen["sampler"], agent.sample(obs, True))
+    torch.testing.assert_close(chosen["mean"].atanh(), actions.atanh().mean(0), atol=1e-3, rtol=1e-3)
+    state = s2ac_actions.visited_states(agent, "Hopper-v4", 1)[0]
+    env = s2ac.make_env("Hopper-v4")
+    env.reset(), env.unwrapped.set_state(*state[1:])
+    next_obs, reward, terminated, *_ = env.step(np.zeros(3, np.float32))
+    soft = s2ac_actions.soft_returns(agent, args, [state], np.zeros((1, 3), np.float32), 1)
+    entropy_term = -args.gamma * args.alpha * agent.policy(torch.from_numpy(next_obs)[None])[1][0].item()
+    assert soft[0] == pytest.approx(reward + (not terminated) * entropy_term, abs=1e-4)
+    torch.save(
+        dict(agent=agent.state_dict(), args=vars(args), algorithm=s2ac.__name__, sizes=(11, 3), run=(7,)), "a.pt"
+    )
+    s2ac_actions.main(s2ac_actions.Args("a.pt", tmp_path / "a.csv", states=2, horizon=2))
+    rows = read_csv(tmp_path / "a.csv")
+    assert [row["choice"] for row in rows] == [*chosen] and {row["step"] for row in rows} == {"7"}
+    assert float(rows[0]["promised"]) == float(rows[0]["realized"]) == 0
 
 
 def test_value_estimators(tmp_path, monkeypatch):

@@ -1,0 +1,125 @@
+"""Which of its particles should S2AC take in an evaluation? Returns of several choices, and what Q promises of them.
+
+    python -m benchmark.studies.s2ac_actions --checkpoint runs/RUN/checkpoint.pt --csv runs/s2ac_actions.csv
+
+    random       one of the particles, as in training
+    best         that of the highest min_i Q_i
+    likely       that of the highest log pi
+    mean         tanh of the particles' mean
+    start        tanh mu(s), where the particles start
+    sampler      f(s, 0) of phi-theta-psi
+
+return, std: of ten episodes with this choice in every step. promised: min_i Q_i of the chosen action less that of a
+random particle, mean over states that the random choice visits. realized: the same difference in the discounted soft
+return of rollouts that take the action once and random particles from then on, and its standard error. Where promised
+is more than realized, Q overestimates what the choice picks. For the MuJoCo tasks, whose state can be set.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+
+import s2ac_continuous_action as s2ac
+from benchmark import facts, markdown, write_csv
+
+
+@dataclasses.dataclass
+class Args:
+    checkpoint: Path  # checkpoint of a run of S2AC
+    csv: Path = Path("runs/s2ac_actions.csv")  # table to write
+    states: int = 200  # states from which each choice is tried once
+    horizon: int = 200  # steps of a rollout, 0.99^200 = 0.13
+    seed: int = 0  # seed of states and rollouts
+
+
+def choices(agent: s2ac.S2AC) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
+    """Name -> obs (B, O) -> actions (B, D)."""
+
+    def take(scores: Callable) -> Callable[[torch.Tensor], torch.Tensor]:
+        def act(obs: torch.Tensor) -> torch.Tensor:
+            actions, log_prob = agent.policy(obs)  # (m, B, D), (m, B)
+            best = scores(obs.expand(len(actions), -1, -1), actions, log_prob).argmax(0)  # (B,)
+            return actions[best, torch.arange(len(obs))]
+
+        return act
+
+    found = dict(random=agent.sample)
+    found["best"] = take(lambda obs, actions, log_prob: agent.q(obs, actions).amin(-1))
+    found["likely"] = take(lambda obs, actions, log_prob: log_prob)
+    found["mean"] = lambda obs: torch.tanh(torch.atanh(agent.policy(obs)[0].clamp(-1 + 1e-6, 1 - 1e-6)).mean(0))
+    if agent.initial is not None:
+        found["start"] = lambda obs: torch.tanh(agent.gaussian(obs)[0])
+    if agent.sampler is not None:
+        found["sampler"] = lambda obs, sample=agent.sample: sample(obs, deterministic=True)
+    return found
+
+
+def episodes(agent: s2ac.S2AC, act: Callable, args: s2ac.Args) -> np.ndarray:
+    """Returns (E,) of the script's evaluation, with these actions."""
+    agent.sample, saved = lambda obs, deterministic: act(obs), agent.sample
+    returns = s2ac.evaluate(agent, [s2ac.make_env(args.env_id) for _ in range(args.eval_episodes)], args)[0]
+    agent.sample = saved
+    return returns
+
+
+def visited_states(agent: s2ac.S2AC, env_id: str, n: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """n of (obs, qpos, qvel) from ten episodes of random particles."""
+    env, states = s2ac.make_env(env_id), []
+    for i in range(10):
+        obs, over = env.reset(seed=s2ac.EVAL_SEED + 100 + i)[0], ()
+        while not any(over):
+            data = env.unwrapped.data
+            states.append((obs, data.qpos.copy(), data.qvel.copy()))
+            obs, _, *over, _ = env.step(agent.sample(torch.from_numpy(obs)[None])[0].numpy())
+    return [states[i] for i in np.random.randint(len(states), size=n)]
+
+
+def soft_returns(agent: s2ac.S2AC, args: s2ac.Args, states: list, actions: np.ndarray, horizon: int) -> np.ndarray:
+    """r_0 + sum_t gamma^t (r_t - alpha log pi) of rollouts that begin with `actions` (B, D) in the states: (B,)."""
+    envs, total, alive = [s2ac.make_env(args.env_id) for _ in states], np.zeros(len(states)), np.ones(len(states), bool)
+    obs = np.stack([obs for obs, *_ in states])
+    for env, (_, qpos, qvel) in zip(envs, states, strict=True):
+        env.reset()
+        env.unwrapped.set_state(qpos, qvel)
+    for t in range(horizon):
+        for i in np.flatnonzero(alive):
+            obs[i], reward, terminated, _, _ = envs[i].step(actions[i])
+            total[i] += args.gamma**t * reward
+            alive[i] = not terminated
+        drawn, log_prob = agent.policy(torch.from_numpy(obs))
+        actions = drawn[0].numpy()
+        total += alive * args.gamma ** (t + 1) * -args.alpha * log_prob[0].numpy()
+    return total
+
+
+@torch.no_grad()
+def main(args: Args) -> None:
+    agent, trained = s2ac.load_agent(args.checkpoint)
+    torch.manual_seed(args.seed), np.random.seed(args.seed)
+    states, rows, first = visited_states(agent, trained.env_id, args.states), [], ()
+    obs = torch.from_numpy(np.stack([obs for obs, *_ in states]))
+    step = torch.load(args.checkpoint, weights_only=True)["run"][0]
+    for name, act in choices(agent).items():
+        actions = act(obs)
+        values = (
+            agent.q(obs, actions).amin(-1).numpy(),
+            soft_returns(agent, trained, states, actions.numpy(), args.horizon),
+        )
+        first = first or values  # of the random choice
+        promised, realized = (mine - theirs for mine, theirs in zip(values, first, strict=True))  # (B,) each
+        returns = episodes(agent, act, trained)
+        row = dict(env_id=trained.env_id, seed=trained.seed, step=step, choice=name)
+        row |= {"return": returns.mean(), "std": returns.std(), "promised": promised.mean()}
+        row |= dict(realized=realized.mean(), standard_error=realized.std() / len(states) ** 0.5)
+        rows.append({k: round(float(x), 2) if isinstance(x, np.floating) else x for k, x in row.items()})
+        print(rows[-1], flush=True)
+    write_csv(args.csv, [row | facts() for row in rows])
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
