@@ -3,8 +3,8 @@
     python -m benchmark.tables
 
 writes what stands between <!-- table: NAME --> and <!-- end --> in README.md and docs/*.md, and draws docs/NAME.png for
-each NAME in CURVES. A score is the mean of a run's last five evaluations up to a step, with Student's 95% interval of
-the mean over the seeds; "paper" is the mean of the paper's curve at these steps.
+each [NAME] of benchmark/curves.toml. A score is the mean of a run's last five evaluations up to a step, with Student's
+95% interval of the mean over the seeds; "paper" is the mean of the paper's curve at these steps.
 """
 
 import itertools
@@ -14,31 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import tomllib
 from scipy.stats import norm, t
 
 from benchmark import ROOT, colors, markdown, panels, save_picture, table
 from benchmark.report import ABLATION, LAST, PAPER, draw_curves, final, last_step, references
 
-TASKS = ("Hopper", "HalfCheetah", "Walker2d", "Ant", "Humanoid")
-MEOW, SAC = ("MEow", "hopper_meow", "", "MEow"), ("SAC", "hopper_sac", "", "")  # method, CSV, words, paper's curve
-LRS = ("mean of V₁', V₂'", "ablation_hopper", "--no-clipped", "MEow LRS only")
-VANILLA = ("no reward shifts", "ablation_hopper", "--no-reward", "MEow vanilla")
-AFFINE = ("affine couplings", "ablation_hopper", "--coupling affine", "")
-FIVE = {f"{x}-v4": [("MEow", f"{x.lower()}_meow", "", "MEow"), ("SAC", f"{x.lower()}_sac", "", "")] for x in TASKS}
-CURVES = {"five_tasks": FIVE, "ablations": {"Hopper-v4": [MEOW, AFFINE, LRS, VANILLA]}}
-MIXTURE = "MEow's mixture"
-CURVES["mixture"] = {"Hopper-v4": [MEOW, (MIXTURE, "mixture_hopper", "", "")]}
-CURVES["mixture"]["HalfCheetah-v4"] = [("MEow", "halfcheetah_meow", "", "MEow")]
-CURVES["mixture"]["HalfCheetah-v4"] += [(MIXTURE, "mixture_halfcheetah_curves", "--exp-name mixture", "")]
-CURVES |= {"s2ac": {"Hopper-v4": [SAC, ("S²AC(φ, θ)", "s2ac_hopper", "", "")]}, "sb3": {}}
-CURVES["rewrite"] = {"Hopper-v4": [MEOW, ("MEow, present text", "hopper_meow_100k", "", ""), SAC]}
-CURVES["rewrite"]["Hopper-v4"] += [("SAC, present text", "hopper_sac_100k", "", "")]
-NF = [("SAC", "{}_sac", "", ""), ("SAC-NF", "sac_nf", "--env-id {}-v4", ""), ("MEow", "{}_meow", "", "")]
-CURVES["sac_nf"] = {
-    f"{x}-v4": [(m, csv.format(x.lower()), words.format(x), p) for m, csv, words, p in NF] for x in TASKS[:2]
-}
-for x in ("Pendulum-v1", "Hopper-v4"):
-    CURVES["sb3"][x] = [("SAC", f"sb3_{x}", "sac_continuous", ""), ("SAC of SB3", f"sb3_{x}", "benchmark.sb3", "")]
+CURVES = tomllib.loads((ROOT / "benchmark/curves.toml").read_text())
 
 
 def read(*names: str, **wanted: list[str]) -> pd.DataFrame:
@@ -60,14 +42,15 @@ def interval(x: list[float]) -> str:
 
 def curves(name: str) -> pd.DataFrame:
     """The evaluations of each task's methods; "paper" is the name of the paper's curve."""
-    parts = []
-    for task, methods in CURVES[name].items():
+    parts, tasks = [], dict(CURVES[name])
+    until = tasks.pop("until", math.inf)
+    for task, methods in tasks.items():
         for method, csv_name, words, paper in methods:
             rows = read(csv_name)
             rows = rows[rows["command"].str.contains(words, regex=False)]
             parts.append(rows.assign(task=task, method=method, paper=paper))
     rows = pd.concat(parts).astype({"step": int, "seed": int, "return": float})
-    return rows[rows["step"] <= 100_000] if name in ("rewrite", "sac_nf") else rows  # as far as all of them went
+    return rows[rows["step"] <= until]
 
 
 def paper_of(run: pd.Series) -> dict[str, pd.Series]:
