@@ -10,7 +10,8 @@ from the computed Q* and pi* on the same grid of actions. Columns besides:
     mass      densities alone: the least integral of pi over the box at the map's states; what is missing from 1 lies
               in spikes narrower than a cell or, of a flow through tanh, at |a| = 1
     q_rmse    RMSE of Q against Q* over the action grid, each less its mean there; the mean over the map's states
-    q_maxima  local maxima of Q on the action grid: cells that none of their eight neighbours exceeds; mean over states
+    q_maxima  local maxima of Q on the action grid: cells that none within 4 cells, the step of the grid on which V* is
+              interpolated, exceeds; the mean over the states
     entropy   of pi in nats, by the histogram, log 4 if uniform; the mean over the grid of 15 x 15 positions
     hits      with the wall put up and 30 steps: the rollouts that hit it, and of these reached_after_hit
 
@@ -139,9 +140,9 @@ def q_error(q: np.ndarray, optimal: np.ndarray) -> float:
 
 
 def maxima(q: np.ndarray) -> np.ndarray:
-    """Where q (N, A * A) has a local maximum on the grid of actions, (N, A, A)."""
+    """Where q (N, A * A) has a local maximum on the grid of actions, (N, A, A): no cell within 4 on each axis is above."""
     q = q.reshape(len(q), round(q.shape[-1] ** 0.5), -1)
-    return q == scipy.ndimage.maximum_filter(q, (1, 3, 3), mode="nearest")
+    return q == scipy.ndimage.maximum_filter(q, (1, 9, 9), mode="nearest")
 
 
 def joined(paths: Iterable[np.ndarray]) -> np.ndarray:
@@ -189,7 +190,7 @@ def summary(rows: pd.DataFrame) -> str:
 PAGES = {  # what a page's name ends in: the array that it shows, the numbers under an algorithm's name, a panel's size
     "": ("v", "RMSE {rmse:g}, KL {kl:g}", (1.75, 1.8)),
     "-entropy": ("entropy", "mean {entropy:g}", (1.75, 1.8)),
-    "-landscapes": ("q", "RMSE {q_rmse:g}, {q_maxima:g} maxima", (2, 2)),
+    "-landscapes": ("q", "RMSE {q_rmse:g}, maxima {q_maxima:g}", (2, 2)),
     "-wall": ("hit", "{hits:g} hit it, {reached_after_hit:g} of them reach a goal", (1.9, 1.9)),
     "-start": ("start", "", (3, 1.8)),
 }
@@ -236,11 +237,12 @@ def paint(ax, key: str, arrays: Mapping[str, np.ndarray], env_id: str, **limits:
     if key == "q":
         middles = np.linspace(-1, 1, n := arrays["maxima"].shape[-1]) * (1 - 1 / n)
         for i, state in enumerate(multigoal.STATES[env_id]):
-            x, y = corner = np.array([i % 3, -(i // 3)]) * 2.6
+            x, y = corner = np.array([i % 3, -(i // 3)]) * 2.1
             image = ax.pcolormesh(middles[::2] + x, middles[::2] + y, arrays[key][i].T, **options)
             ax.plot(*(middles[np.argwhere(arrays["maxima"][i])] + corner).T, ".", color="tab:red", markersize=2)
-            ax.text(x, y + 1.05, "({:g}, {:g})".format(*state), fontsize=5, ha="center")
+            ax.text(x, y - 0.9, "({:g}, {:g})".format(*state), fontsize=6, color="white", ha="center")
         ax.set(aspect="equal", xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
         return image
     if key != "hit":
         axis = np.linspace(-multigoal.BOUND, multigoal.BOUND, len(arrays[key]))
