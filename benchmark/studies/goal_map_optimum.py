@@ -140,7 +140,7 @@ def q_error(q: np.ndarray, optimal: np.ndarray) -> float:
 
 
 def maxima(q: np.ndarray) -> np.ndarray:
-    """Where q (N, A * A) has a local maximum on the grid of actions, (N, A, A): no cell within 4 on each axis is above."""
+    """Where q (N, A * A) has a local maximum on the action grid, (N, A, A): no cell within 4 on each axis is above."""
     q = q.reshape(len(q), round(q.shape[-1] ** 0.5), -1)
     return q == scipy.ndimage.maximum_filter(q, (1, 9, 9), mode="nearest")
 
@@ -223,7 +223,7 @@ def draw(args: Args, rows: pd.DataFrame) -> None:
                 ax.set_title(f"{name}\n{numbers.format(**own[name][0])}".strip(), fontsize=6)
                 ax.tick_params(labelsize=5)
             if image:
-                figure.colorbar(image, ax=[*line]).ax.tick_params(labelsize=5)
+                figure.colorbar(image, ax=[*line], fraction=0.03, pad=0.01).ax.tick_params(labelsize=5)
         save_picture(figure, args.png.with_stem(args.png.stem + suffix))
 
 
@@ -233,6 +233,7 @@ def paint(ax, key: str, arrays: Mapping[str, np.ndarray], env_id: str, **limits:
     arrays = {name: x.astype(float) for name, x in arrays.items()}
     if key == "start":
         ax.plot(arrays[key][0], arrays[key][1:].T, label=["mean of |mu(s)|", "sigma(s)"])
+        ax.set_xlabel("steps", fontsize=6)
         return None
     if key == "q":
         middles = np.linspace(-1, 1, n := arrays["maxima"].shape[-1]) * (1 - 1 / n)
