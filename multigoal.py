@@ -133,6 +133,10 @@ class SoftOptimum:
         """V* at obs (B, 2), interpolated: (B,)."""
         return interpolation(self.axis, obs) @ self.values.ravel()
 
+    def log_shares(self, obs: np.ndarray) -> np.ndarray:
+        """log of pi* in each action cell at obs (B, 2), (B, A * A)."""
+        return scipy.special.log_softmax(self.q(obs) / self.alpha, axis=-1)
+
     def policy(self, obs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Actions (B, 2) for obs (B, 2), drawn from the action grid in proportion to exp(Q* / alpha)."""
         gumbel = self.q(obs) / self.alpha + rng.gumbel(size=(len(obs), len(self.actions)))
@@ -220,22 +224,27 @@ def rollout(env: gym.Env, policy: Callable[[np.ndarray], np.ndarray], episodes: 
     return Rollouts(paths, returns, lengths, goals, hits)
 
 
+def histogram(policy: Callable[[np.ndarray], np.ndarray], optimum: SoftOptimum, state: np.ndarray, draws: int = 5_000):
+    """Shares (A * A,) of `draws` actions at state (2,) in the optimum's action cells, and their entropy in nats.
+
+    The entropy has what that of a histogram of few draws lacks added to it (Miller and Madow 1955).
+    """
+    n = round(len(optimum.actions) ** 0.5)
+    actions = policy(np.repeat(state[None], draws, 0).astype(np.float32))  # (draws, 2)
+    share = np.histogram2d(*actions.T, bins=n, range=[(-1, 1), (-1, 1)])[0].ravel() / draws
+    return share, scipy.special.entr(share).sum() + ((share > 0).sum() - 1) / (2 * draws)
+
+
 def kl_divergence(policy: Callable[[np.ndarray], np.ndarray], optimum: SoftOptimum, states, draws: int = 5_000):
     """KL(pi || pi*) in nats at each of `states` (N, 2): (N,). alpha times it is what V loses if pi chooses once there.
 
-    By a histogram of `draws` actions on the optimum's action grid, the same for every policy, with or without a
-    density, less the bias of a histogram of few draws (Miller and Madow 1955). The other direction, KL(pi* || pi),
-    would be infinite where pi has no draw.
+    By a histogram of `draws` actions, the same for every policy, with or without a density. The other direction,
+    KL(pi* || pi), would be infinite where pi has no draw.
     """
-    n, kl = round(len(optimum.actions) ** 0.5), []
-    for state in np.asarray(states, dtype=np.float64):
-        actions = policy(np.repeat(state[None], draws, 0).astype(np.float32))  # (draws, 2)
-        count = np.histogram2d(*actions.T, bins=n, range=[(-1, 1), (-1, 1)])[0].ravel()
-        log_best = scipy.special.log_softmax(optimum.q(state[None])[0] / optimum.alpha)  # (A * A,)
-        seen = count > 0
-        share = count[seen] / draws
-        kl.append((share * (np.log(share) - log_best[seen])).sum() - (seen.sum() - 1) / (2 * draws))
-    return np.array(kl)
+    states = np.asarray(states, dtype=np.float64)
+    found = [histogram(policy, optimum, state, draws) for state in states]
+    each = zip(found, optimum.log_shares(states), strict=True)
+    return np.array([-share @ log_best - entropy for (share, entropy), log_best in each])
 
 
 @dataclasses.dataclass

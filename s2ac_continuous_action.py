@@ -294,9 +294,10 @@ class S2AC(nn.Module):
         return torch.cat(values).mean(0)
 
     def policy_metrics(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Means over the batch: entropy in nats, standard deviation of the actions in a state, log sigma."""
-        actions, log_prob = self.policy(obs)
-        return dict(entropy=-log_prob.mean(), action_std=actions.std(0).mean(), log_sigma=self.gaussian(obs)[1].mean())
+        """Means over the batch: entropy in nats, standard deviation of the actions in a state, |mu| and log sigma."""
+        (actions, log_prob), (mean, log_std) = self.policy(obs), self.gaussian(obs)
+        start = dict(mean_abs=mean.abs().mean(), log_sigma=log_std.mean())
+        return dict(entropy=-log_prob.mean(), action_std=actions.std(0).mean()) | start
 
 
 Agent = S2AC  # its name in what the scripts share

@@ -91,6 +91,16 @@ def clamp() -> str:
     return markdown([{"log σ": x, "V is too high by": f"{error:.3f} α"} for x, error in lines])
 
 
+def goals_by_alpha(rows: pd.DataFrame) -> str:
+    """Of the rollouts that reach a goal, over all seeds, each goal's share in percent."""
+    lines, names = {}, dict.fromkeys(["optimum", *rows["algorithm"]], "")
+    for (alpha, name), own in rows.groupby(["alpha", "algorithm"], sort=False):
+        counts = own["goals"].str.split(" / ", expand=True).astype(int).sum()
+        line = lines.setdefault(alpha, {"alpha": alpha} | names)
+        line[name] = " / ".join(f"{100 * x / max(1, counts.sum()):.0f}" for x in counts)
+    return markdown([*lines.values()])
+
+
 def tables() -> dict[str, str]:
     """Name -> Markdown."""
     found = {name: markdown(scores(name)) for name in CURVES} | {"readme": five_tasks(), "clamp": clamp()}
@@ -100,7 +110,10 @@ def tables() -> dict[str, str]:
     rows = read("densities")
     rows["least_goal_%"] = [min(map(int, goals.split(" / "))) / 4 for goals in rows["goals"]]
     found["densities"] = table(rows, "trial", "least_goal_%:0 return:0 rmse:1 kl:2 mass:3")
-    found["temperatures"] = table(read("truth"), "env_id alpha", "kl:2", "algorithm")
+    rows = read("truth")
+    runs = rows[rows["algorithm"] != "optimum"]
+    found["temperatures"] = table(runs, "env_id alpha", "kl:2", "algorithm")
+    found["goals_by_alpha"] = goals_by_alpha(rows[rows["env_id"] == "multigoal:MultiGoalAsymmetric-v0"])
     rows = read("estimation_multigoal", "estimation_hopper", states=["visited"], M=["1", "16", "1024"])
     found["estimators"] = table(rows, "env_id estimator", "bias:2", "M")
     rows = read("entropy", varied=["sigma"], target=["paper", "variance 1", "variance 16", "mixture of 4"])

@@ -2,7 +2,9 @@
 
 import collections
 import csv
+import functools
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -10,12 +12,15 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from torch.utils.tensorboard import SummaryWriter
 
 import benchmark
 import meow_continuous_action as meow
+import multigoal
 import s2ac_continuous_action as s2ac
 from benchmark import colors, read_csv, run_missing, script_of, speed, write_csv
 from benchmark.studies import densities, entropy, goal_map_optimum, s2ac_actions, value_estimators
@@ -63,6 +68,9 @@ def test_committed_results_say_how_they_were_made():
 SHORT = "--total-timesteps 200 --learning-starts 160 --buffer-size 1000 --batch-size 32 --eval-episodes 1 --device cpu"
 
 
+PAGES, START = "-entropy -landscapes -wall", dict(start=np.float32([[0, 1], [0, 1], [1, 0]]))
+
+
 def test_goal_maps(tmp_path, monkeypatch, capsys):
     """Runs of two scripts are measured once each, against an optimum whose own row has no error; the page is drawn
     without the runs. What the density is, is read off the command."""
@@ -75,21 +83,63 @@ def test_goal_maps(tmp_path, monkeypatch, capsys):
         assert done.returncode == 0, done.stderr
     paths = dict(csv=tmp_path / "new" / "optimum.csv", png=tmp_path / "page.png", episodes=5, jobs=2)
     monkeypatch.setattr(goal_map_optimum, "mass", lambda agent, states: mass(agent, states, 50))
+    monkeypatch.setattr(goal_map_optimum, "POSITIONS", goal_map_optimum.POSITIONS[:4])
     monkeypatch.setattr(benchmark, "ProcessPoolExecutor", lambda *_, **__: ThreadPoolExecutor(1))  # with this mass
     assert goal_map_optimum.main(goal_map_optimum.Args((tmp_path / "runs",), **paths)) == 0
     rows = {row["algorithm"]: row for row in read_csv(paths["csv"])}
     (spline,) = (row for name, row in rows.items() if "density splines-2" in name)
+    best = rows.pop("optimum")
     assert len(rows) == 2 and abs(float(spline["mass"]) - 1) < 0.01
+    assert (best["seed"], best["q_rmse"], best["kl"], best["v_origin"]) == ("0", "0.0", "0.0", best["optimum_origin"])
+    assert all(best[name] for name in ("commit", "machine", "command", "goals", "entropy"))
     for row in rows.values():
+        assert int(row["reached_after_hit"]) <= int(row["hits"]) <= 5 and float(row["entropy"]) < math.log(4) + 0.05
+        assert float(row["q_rmse"]) > 0 and float(row["q_maxima"]) > 0
         assert (row["env_id"], float(row["alpha"]), row["seed"], row["steps"]) == (map_id, 3.0, "2", "200")
         assert float(row["kl"]) > 0.1 and float(row["rmse"]) > 0 and int(row["reached"]) <= 5
     printed = capsys.readouterr().out
     (best,) = (line.split(" | ") for line in printed.splitlines() if "| optimum |" in line)
     assert best[9:11] == ["0.0", "0.00"] and paths["png"].stat().st_size > 20_000
+    assert {file.name for file in tmp_path.glob("*.png")} == {f"page{x}.png" for x in ("", *PAGES.split())}
 
-    paths["png"].unlink()
-    assert goal_map_optimum.main(goal_map_optimum.Args(**paths)) == 0 and paths["png"].exists()
+    for file in [*tmp_path.glob("*.png")]:
+        file.unlink()
+    for i, file in enumerate(tmp_path.glob("new/optimum/*_2.npz")):  # the arrays of two others, one with q^0, no wall
+        np.savez(file, **{x: a for x, a in np.load(file).items() if x[:4] in ("v", "arr_")}, **[{}, START][i])
+    assert goal_map_optimum.main(goal_map_optimum.Args(**paths)) == 0
+    assert {file.name for file in tmp_path.glob("*.png")} == {"page.png", "page-start.png"}
     assert '"seconds"' not in capsys.readouterr().out
+
+
+def test_measures_on_a_goal_map(tmp_path):
+    """Entropies of uniform and of narrow draws, Q* plus a constant with the two maxima that it was made with, agents
+    that walk into the wall; the start of S2AC is what was logged."""
+    middles = (np.arange(33) + 0.5) * 2 / 33 - 1
+    actions = np.stack(np.meshgrid(middles, middles, indexing="ij"), -1).reshape(-1, 2)
+    peaks = np.square(actions[:, None] - [(0.5, 0.5), (-0.5, -0.2)]).sum(-1).min(-1)
+    best = multigoal.SoftOptimum(middles, np.zeros((33, 33)), lambda obs: np.tile(-peaks, (len(obs), 1)), actions, 1.0)
+    rng = np.random.default_rng(0)
+    for policy, expected in (
+        (lambda obs: rng.uniform(-1, 1, obs.shape), math.log(4)),
+        (lambda obs: rng.normal(0.1, 0.08, obs.shape), 1 + math.log(2 * math.pi * 0.08**2)),
+    ):
+        entropies = np.array([multigoal.histogram(policy, best, np.zeros(2))[1]] * 4)
+        rollouts = multigoal.rollout(gym.make(multigoal.MAPS[1]), policy, 5)
+        row, q = dict(env_id=multigoal.MAPS[1], algorithm="a b", alpha=1.0, gamma=0.8, seed=1), best.q(np.zeros((6, 2)))
+        record = functools.partial(goal_map_optimum.record, tmp_path / "a.csv", row, best)
+        found = record(lambda obs: np.full(obs.shape, (-0.6, 0.6)), rollouts, best.values, q + 7, entropies, START)
+        assert abs(found["entropy"] - expected) < 0.06 and found["q_rmse"] == 0 and found["q_maxima"] == 2
+        assert (found["hits"], found["reached_after_hit"]) == (5, 0)
+    assert np.isfinite(np.load(tmp_path / "a" / "a-b_MultiGoalAsymmetric-v0_1_1.npz")["hit"]).sum() == 5 * 2 * 31
+    assert np.argwhere(goal_map_optimum.maxima(actions.sum(-1)[None])).tolist() == [[0, 32, 32]]
+    assert goal_map_optimum.q_error(np.array([[1.0, 3], [0, 0]]), np.array([[0.0, 0], [5, 1]])) == 1.5
+
+    with SummaryWriter(tmp_path / "run") as writer:
+        for step, mean, log_sigma in ((100, 0.25, -1.0), (200, 0.5, -2.0)):
+            writer.add_scalar("policy/mean_abs", mean, step)
+            writer.add_scalar("policy/log_sigma", log_sigma, step)
+    start = goal_map_optimum.start_of(tmp_path / "run")["start"]
+    np.testing.assert_allclose(start, [[100, 200], [0.25, 0.5], [math.exp(-1), math.exp(-2)]], rtol=1e-6)
 
 
 def test_labels_of_runs(tmp_path):

@@ -30,6 +30,15 @@ def test_scores_are_of_the_last_five_evaluations_that_all_runs_have(monkeypatch)
     assert row["steps"] == "80" and row["each seed"] == "6 / 12" and row["paper"] == "120"  # means at steps 40 to 80
 
 
+def test_goals_by_alpha():
+    """Of all seeds together, of the rollouts that reach a goal; an algorithm without rows at a temperature is blank."""
+    lines = [("1", "a", "1 / 0 / 1"), ("1", "a", "3 / 3 / 0"), ("2", "b", "0 / 5 / 0"), ("2", "optimum", "0 / 0 / 0")]
+    rows = pd.DataFrame(lines, columns=["alpha", "algorithm", "goals"])
+    found = tables.goals_by_alpha(rows).splitlines()
+    assert found[0] == "| alpha | optimum | a | b |" and found[2] == "| 1 |  | 50 / 38 / 12 |  |"
+    assert found[3] == "| 2 | 0 / 0 / 0 |  | 0 / 100 / 0 |"
+
+
 def test_table():
     """Means and ranges of texts, empty cells and columns, medians of turns, a column across; none of no rows."""
     rows = pd.DataFrame(dict(a=["y", "y", "x", "y"], b=list("qpqq"), c=["1", "2", "", "6"]))

@@ -4,36 +4,52 @@
     python -m benchmark.studies.goal_map_optimum runs/maps --csv runs/maps/optimum.csv --png runs/maps/optimum.png
 
 Measures the last checkpoint of each run by multigoal.measure: rollouts of sampled actions, V against soft value
-iteration, KL(pi || pi*) at the map's states by a histogram. Of densities in closed form also the least integral of pi
-over the box at those states: what is missing from 1 lies in spikes narrower than a cell or, of a flow through tanh, at
-|a| = 1.
-Prints a table and draws a page: V and 20 trajectories of each algorithm's first seed beside the optimum's, kept in a
-folder beside the CSV, of its name. Runs that are in the CSV are not measured again.
+iteration, KL(pi || pi*) at the map's states by a histogram. The optimum, algorithm "optimum", has rows of its own,
+from the computed Q* and pi* on the same grid of actions. Columns besides:
+
+    mass      densities alone: the least integral of pi over the box at the map's states; what is missing from 1 lies
+              in spikes narrower than a cell or, of a flow through tanh, at |a| = 1
+    q_rmse    RMSE of Q against Q* over the action grid, each less its mean there; the mean over the map's states
+    q_maxima  local maxima of Q on the action grid: cells that none within 4 cells, the step of the grid on which V* is
+              interpolated, exceeds; the mean over the states
+    entropy   of pi in nats, by the histogram, log 4 if uniform; the mean over the grid of 15 x 15 positions
+    hits      with the wall put up and 30 steps: the rollouts that hit it, and of these reached_after_hit
+
+Prints a table. --png draws V and 20 trajectories of each algorithm's first seed beside the optimum's, and beside that
+page NAME-entropy.png, NAME-landscapes.png (Q at the map's states, its maxima dotted), NAME-wall.png and NAME-start.png
+(mean |mu(s)| and sigma(s) of S2AC's q^0 in training). What is drawn lies in a folder beside the CSV, of its name; a
+run whose arrays lack a page is not on it. Runs that are in the CSV are not measured again.
 """
 
 import dataclasses
+import functools
 import json
 import re
 import shlex
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pandas as pd
+import scipy.ndimage
 import torch
+import tyro
 
 import multigoal
-from benchmark import UserError, exit_code, panels, run_missing, save_picture, table, word_of
+from benchmark import UserError, exit_code, facts, panels, run_missing, save_picture, scalars, table, word_of
 from benchmark.report import describe, folders_of
 from benchmark.studies import densities
 
 KEYS = ("algorithm", "env_id", "alpha", "seed")
+AXIS = np.linspace(-multigoal.BOUND, multigoal.BOUND, 15)
+POSITIONS = np.stack(np.meshgrid(AXIS, AXIS, indexing="ij"), -1).reshape(-1, 2)  # where entropies are measured
 
 
 @dataclasses.dataclass
 class Args:
-    paths: tuple[Path, ...] = ()  # folders of grids or runs
+    paths: tyro.conf.Positional[tuple[Path, ...]] = ()  # folders of grids or runs
     csv: Path = Path("runs/optimum.csv")  # results, one row a run
     png: Path | None = None  # page of pictures to write
     episodes: int = 400  # rollouts of a trained policy
@@ -49,28 +65,97 @@ def key_of(run: Path) -> tuple[str, str, float, int]:
     return name, args["env_id"], float(args["alpha"]), int(args["seed"])
 
 
-def saved(csv: Path, algorithm: str, env_id: str, alpha: float, seed: int) -> Path:
-    """Where the arrays lie that the page draws of a run: v, on every other point of the grid, and 20 trajectories."""
-    return csv.with_suffix("") / f"{algorithm.replace(' ', '-')}_{env_id.partition(':')[2]}_{alpha:g}_{seed}.npz"
+def saved(csv: Path, row: dict) -> Path:
+    """Where the arrays lie that the pages draw of a row: v, on every other point of the grid, and others of record."""
+    end = f"gamma-{row['gamma']:g}" if row["algorithm"] == "optimum" else row["seed"]
+    word, env_id = row["algorithm"].replace(" ", "-"), row["env_id"].partition(":")[2]
+    return csv.with_suffix("") / f"{word}_{env_id}_{row['alpha']:g}_{end}.npz"
 
 
 def measure(run: Path, csv: Path, episodes: int) -> dict:
     """A row of the CSV. In a process of its own: for a density it changes the script's module."""
-    facts, key = json.loads((run / "args.json").read_text()), key_of(run)
-    if density := re.search(r"densities.py.* --density[ =](\S+)", facts["command"]):
+    about, key = json.loads((run / "args.json").read_text()), key_of(run)
+    if density := re.search(r"densities.py.* --density[ =](\S+)", about["command"]):
         densities.mixture.Agent = densities.DENSITIES[density[1]]
     agent, trained = multigoal.load_policy(run / "checkpoint.pt")
     measured = multigoal.measure(agent, trained, gym.make(trained.env_id), episodes)
-    v, *paths = (np.float16(x.clip(-6e4, 6e4)) for x in (measured.v[::2, ::2], *measured.rollouts.paths[:20]))
-    saved(csv, *key).parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(saved(csv, *key), *paths, v=v)
+    best, policy = measured.optimum, multigoal.policy_of(agent)
+    repeats = multigoal.repeats_of(agent, policy)
+    entropies = np.array([multigoal.histogram(repeats, best, state)[1] for state in POSITIONS])
+    q = q_of(agent, trained, multigoal.STATES[trained.env_id], best.actions)
     row = dict(zip(KEYS, key, strict=True), gamma=trained.gamma, steps=trained.total_timesteps, episodes=episodes)
-    row |= outcomes(trained.env_id, measured.rollouts)
+    row |= record(csv, row, best, policy, measured.rollouts, measured.v, q, entropies, start_of(run))
     row |= dict(v_origin=round(measured.v_origin, 1), optimum_origin=round(float(measured.optimum_origin), 1))
     row |= dict(rmse=round(measured.rmse, 1), kl=round(float(measured.kl.mean()), 3))
     row |= dict(mass=f"{mass(agent, multigoal.STATES[trained.env_id]):.6f}" if hasattr(agent, "log_prob") else "")
     seconds = (run / "checkpoint.pt").stat().st_mtime - (run / "args.json").stat().st_mtime
-    return row | dict(seconds=round(seconds)) | {name: facts[name] for name in ("commit", "machine", "command")}
+    return row | dict(seconds=round(seconds)) | {name: about[name] for name in ("commit", "machine", "command")}
+
+
+def measure_optimum(csv: Path, env_id: str, alpha: float, gamma: float, episodes: int, about: dict) -> dict:
+    """The optimum's row of the CSV. about: commit, machine and command."""
+    best = multigoal.optimum_of(env_id, alpha, gamma)
+    policy = functools.partial(best.policy, rng=np.random.default_rng(0))
+    rollouts, q = multigoal.rollout(gym.make(env_id), policy, episodes), best.q(np.array(multigoal.STATES[env_id]))
+    entropies, origin = scipy.special.entr(np.exp(best.log_shares(POSITIONS))).sum(-1), best.v(np.zeros((1, 2)))[0]
+    row = dict(zip(KEYS, ("optimum", env_id, alpha, 0), strict=True), gamma=gamma, episodes=episodes)
+    row |= record(csv, row, best, policy, rollouts, best.values, q, entropies, {})
+    return row | dict.fromkeys(("v_origin", "optimum_origin"), round(float(origin), 1)) | dict(rmse=0.0, kl=0.0) | about
+
+
+def record(csv: Path, row: dict, best, policy, rollouts, v: np.ndarray, q: np.ndarray, entropies, start: dict) -> dict:
+    """Columns that runs and the optimum share; saves what the pages draw.
+
+    best: the SoftOptimum, policy: (B, 2) -> (B, 2), v (S, S), q (N, A * A) at the map's states, entropies of the
+    shares of the action cells at POSITIONS, start: of start_of.
+    """
+    env_id, n = row["env_id"], round(len(best.actions) ** 0.5)
+    walled = multigoal.rollout(gym.make(env_id, obstacle=True, max_episode_steps=30), policy, len(rollouts.goals))
+    entropies, peaks = entropies + np.log(4 / n**2), maxima(q)  # of the density
+    arrays = dict(v=v[::2, ::2], entropy=entropies.reshape(round(len(entropies) ** 0.5), -1), maxima=peaks)
+    arrays["q"] = (q - q.mean(-1, keepdims=True)).reshape(peaks.shape)[:, ::2, ::2]
+    walls = [*zip(walled.paths[:20], walled.hits[:20], strict=True)]
+    arrays |= dict(hit=joined(x for x, hit in walls if hit), free=joined(x for x, hit in walls if not hit))
+    arrays = {name: np.float16(x.clip(-6e4, 6e4)) for name, x in arrays.items()} | start
+    saved(csv, row).parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(saved(csv, row), np.float16(joined(rollouts.paths[:20])), **arrays)
+    new = dict(q_rmse=round(q_error(q, best.q(np.array(multigoal.STATES[env_id]))), 1))
+    new |= dict(q_maxima=round(float(peaks.sum((1, 2)).mean()), 2), entropy=round(float(entropies.mean()), 3))
+    new |= dict(hits=int(walled.hits.sum()), reached_after_hit=int((walled.hits & (walled.goals >= 0)).sum()))
+    return outcomes(env_id, rollouts) | new
+
+
+@torch.no_grad()
+def q_of(agent: torch.nn.Module, trained, states: tuple, actions: np.ndarray) -> np.ndarray:
+    """Q at `states` (N, 2) and `actions` (A, 2), (N, A): the lesser of two, or their mean as in the run's target."""
+    obs = torch.tensor(states).float().repeat_interleave(len(actions), 0)
+    both = agent.q(obs, torch.tensor(actions).float().repeat(len(states), 1))  # (N * A, 2)
+    q = both.amin(-1) if getattr(trained, "clipped_double_q", True) else both.mean(-1)
+    return q.double().view(len(states), -1).numpy()
+
+
+def q_error(q: np.ndarray, optimal: np.ndarray) -> float:
+    """RMSE of q (N, A) over the actions, each less its mean over them; the mean over the states."""
+    return float((q - optimal).std(-1).mean())
+
+
+def maxima(q: np.ndarray) -> np.ndarray:
+    """Where q (N, A * A) has a local maximum on the action grid, (N, A, A): no cell within 4 on each axis is above."""
+    q = q.reshape(len(q), round(q.shape[-1] ** 0.5), -1)
+    return q == scipy.ndimage.maximum_filter(q, (1, 9, 9), mode="nearest")
+
+
+def joined(paths: Iterable[np.ndarray]) -> np.ndarray:
+    """The paths (T_i, 2) as one, NaN before each, (1 + sum of T_i + 1, 2)."""
+    gap = np.full((1, 2), np.nan)
+    return np.concatenate([gap, *(part for path in paths for part in (path, gap))])
+
+
+def start_of(run: Path) -> dict[str, np.ndarray]:
+    """start: steps, mean |mu(s)| and the geometric mean of sigma(s) of S2AC's q^0, (3, T), if the run learns it."""
+    mean, log_sigma = (scalars(run, f"policy/{name}") for name in ("mean_abs", "log_sigma"))
+    points = [(a.step, a.value, np.exp(b.value)) for a, b in zip(mean, log_sigma, strict=False)]
+    return {"start": np.float32(points).T} if any(value for _, value, _ in points) else {}
 
 
 @torch.no_grad()
@@ -92,59 +177,88 @@ def outcomes(env_id: str, rollouts: multigoal.Rollouts) -> dict:
     }
 
 
-def optimum(env_id: str, alpha: float, gamma: float, episodes: int) -> tuple[dict, multigoal.Rollouts]:
-    """The row of the optimal policy, and its rollouts."""
-    best = multigoal.optimum_of(env_id, alpha, gamma)
-    rng = np.random.default_rng(0)
-    rollouts = multigoal.rollout(gym.make(env_id), lambda obs: best.policy(obs, rng), episodes)
-    row = dict(algorithm="optimum", v_origin=best.v(np.zeros((1, 2)))[0], rmse=0, kl=0)
-    return row | outcomes(env_id, rollouts), rollouts
-
-
 def summary(rows: pd.DataFrame) -> str:
     """A line an algorithm, over its seeds, and the optimum's, for each map and temperature."""
-    best = []
-    for key, own in rows.groupby(["env_id", "alpha", "gamma"]):
-        episodes = int(own["episodes"].iloc[0])
-        best.append(optimum(*key, episodes)[0] | dict(env_id=key[0], alpha=key[1], episodes=episodes))
-    rows = pd.concat([rows, pd.DataFrame(best)]).sort_values(["env_id", "alpha"], kind="stable", ignore_index=True)
+    rows = rows.sort_values(["env_id", "alpha"], kind="stable", ignore_index=True)
     goals, percent = rows["goals"].str.split(" / ", expand=True).astype(float), 100 / rows["episodes"]
     rows["reach_a_goal_%"], rows["least_goal_%"] = goals.sum(axis=1) * percent, goals.min(axis=1) * percent
     cells = "reach_a_goal_%:0 least_goal_%:0 return:1 length:1 v_origin:1 rmse:1 kl:2 mass:4 seconds:0"
+    cells += " q_rmse:1 q_maxima:1 entropy:2 hits:0 reached_after_hit:0"
     return table(rows, "env_id alpha algorithm", cells)
 
 
+PAGES = {  # what a page's name ends in: the array that it shows, the numbers under an algorithm's name, a panel's size
+    "": ("v", "RMSE {rmse:g}, KL {kl:g}", (1.75, 1.8)),
+    "-entropy": ("entropy", "mean {entropy:g}", (1.75, 1.8)),
+    "-landscapes": ("q", "RMSE {q_rmse:g}, maxima {q_maxima:g}", (2, 2)),
+    "-wall": ("hit", "{hits:g} hit it, {reached_after_hit:g} of them reach a goal", (1.9, 1.9)),
+    "-start": ("start", "", (3, 1.8)),
+}
+
+
 def draw(args: Args, rows: pd.DataFrame) -> None:
-    """The page: a row of panels for each map and temperature, a column for the optimum and each algorithm."""
-    cells, columns = rows.groupby(["env_id", "alpha", "gamma"]), ["optimum", *rows["algorithm"].unique()]
-    figure, axes = panels(len(cells), len(columns), size=(1.75, 1.8), sharex=True, sharey=True)
-    circle = np.stack([np.cos(turn := np.linspace(0, 2 * np.pi)), np.sin(turn)], -1)
-    for line, ((env_id, alpha, gamma), own) in zip(axes, cells, strict=True):
-        env, best = gym.make(env_id).unwrapped, multigoal.optimum_of(env_id, alpha, gamma)
-        line[0].set_ylabel(f"{env_id.partition(':')[2]}, alpha {alpha:g}", fontsize=6)
-        for ax, name in zip(line, columns, strict=True):
-            chosen = own[own["algorithm"] == name].to_dict("records")
-            runs = [(row, saved(args.csv, name, env_id, alpha, row["seed"])) for row in chosen]
-            row, file = next(((row, file) for row, file in runs if file.is_file()), (None, None))
-            if name == "optimum":
-                v, paths, title = best.values, optimum(env_id, alpha, gamma, 20)[1].paths, "optimum"
-            elif row is None:
-                ax.set_axis_off()
-                continue
-            else:
-                arrays = {key: x.astype(float) for key, x in np.load(file).items()}
-                v, paths, title = arrays.pop("v"), arrays.values(), f"{name}, RMSE {row['rmse']}, KL {row['kl']}"
-            axis = np.linspace(-multigoal.BOUND, multigoal.BOUND, len(v))
-            limits = dict(vmin=best.values.min(), vmax=best.values.max())
-            ax.pcolormesh(axis, axis, v.T, **limits, shading="gouraud", rasterized=True)
-            for path in paths:
-                ax.plot(*path.T, color="black", linewidth=0.5)
-            for goal in env.goals:
-                ax.plot(*(goal + env.radius * circle).T, color="tab:red", linewidth=1)
-            ax.set_title(title, fontsize=6)
-            ax.tick_params(labelsize=5)
-            ax.set(xlim=axis[[0, -1]], ylim=axis[[0, -1]], aspect="equal")
-    save_picture(figure, args.png)
+    """The pages: a row of panels for each map and temperature, a column for the optimum and each algorithm."""
+    found = [(row, saved(args.csv, row)) for row in rows.to_dict("records")]
+    found = [(row, np.load(file)) for row, file in found if file.is_file()]
+    for suffix, (key, numbers, size) in PAGES.items():
+        shown = {}  # (map, alpha, gamma) -> algorithm -> row and arrays of the first seed
+        for row, arrays in found:
+            if key in arrays:
+                cell = shown.setdefault((row["env_id"], row["alpha"], row["gamma"]), {})
+                cell.setdefault(row["algorithm"], (row, arrays))
+        shown = {cell: shown[cell] for cell in sorted(shown) if {*shown[cell]} != {"optimum"}}
+        columns = [x for x in dict.fromkeys(["optimum", *rows["algorithm"]]) if any(x in own for own in shown.values())]
+        if not shown:
+            continue
+        figure, axes = panels(len(shown), len(columns), size=size, sharex=True, sharey=True)
+        for line, ((env_id, alpha, _), own) in zip(axes, shown.items(), strict=True):
+            scale, image = own if key == "entropy" or "optimum" not in own else ["optimum"], None
+            values = np.concatenate([own[name][1][key].ravel() for name in scale]).astype(float)
+            line[0].set_ylabel(f"{env_id.partition(':')[2]}, alpha {alpha:g}", fontsize=6)
+            for ax, name in zip(line, columns, strict=True):
+                if name not in own:
+                    ax.set_visible(ax is line[0])  # which has the label
+                    continue
+                image = paint(ax, key, own[name][1], env_id, vmin=values.min(), vmax=values.max())
+                ax.set_title(f"{name}\n{numbers.format(**own[name][0])}".strip(), fontsize=6)
+                ax.tick_params(labelsize=5)
+            if image:
+                figure.colorbar(image, ax=[*line], fraction=0.03, pad=0.01).ax.tick_params(labelsize=5)
+        save_picture(figure, args.png.with_stem(args.png.stem + suffix))
+
+
+def paint(ax, key: str, arrays: Mapping[str, np.ndarray], env_id: str, **limits: float):
+    """One panel. Returns what a colour bar explains, or None."""
+    env, image, options = gym.make(env_id).unwrapped, None, limits | dict(shading="gouraud", rasterized=True)
+    arrays = {name: x.astype(float) for name, x in arrays.items()}
+    if key == "start":
+        ax.plot(arrays[key][0], arrays[key][1:].T, label=["mean of |mu(s)|", "sigma(s)"])
+        ax.set_xlabel("steps", fontsize=6)
+        return None
+    if key == "q":
+        middles = np.linspace(-1, 1, n := arrays["maxima"].shape[-1]) * (1 - 1 / n)
+        for i, state in enumerate(multigoal.STATES[env_id]):
+            x, y = corner = np.array([i % 3, -(i // 3)]) * 2.1
+            image = ax.pcolormesh(middles[::2] + x, middles[::2] + y, arrays[key][i].T, **options)
+            ax.plot(*(middles[np.argwhere(arrays["maxima"][i])] + corner).T, ".", color="tab:red", markersize=2)
+            ax.text(x, y - 0.9, "({:g}, {:g})".format(*state), fontsize=6, color="white", ha="center")
+        ax.set(aspect="equal", xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
+        return image
+    if key != "hit":
+        axis = np.linspace(-multigoal.BOUND, multigoal.BOUND, len(arrays[key]))
+        image = ax.pcolormesh(axis, axis, arrays[key].T, **options)
+    else:
+        ax.plot(*env.wall.T, color="black", linewidth=2)
+    colors = dict(v={"arr_": "black"}, hit=dict(hit="tab:red", free="tab:green"), entropy={})[key]
+    for name, color in colors.items():
+        for array in (array for x, array in arrays.items() if x.startswith(name)):
+            ax.plot(*array.T, color=color, linewidth=0.5)
+    turn = np.linspace(0, 2 * np.pi)
+    for x, y in env.goals:
+        ax.plot(x + env.radius * np.cos(turn), y + env.radius * np.sin(turn), color="tab:red", linewidth=1)
+    ax.set(xlim=AXIS[[0, -1]], ylim=AXIS[[0, -1]], aspect="equal")
+    return image
 
 
 def main(args: Args) -> int:
@@ -154,6 +268,10 @@ def main(args: Args) -> int:
     code = run_missing(measure, jobs, args.csv, KEYS, args.jobs)
     if not args.csv.exists():
         raise UserError(f"no run on a goal map in {', '.join(map(str, args.paths))}, and no {args.csv}")
+    about, jobs = facts(), {}
+    for (env_id, alpha, gamma), own in pd.read_csv(args.csv).groupby(["env_id", "alpha", "gamma"]):
+        jobs["optimum", env_id, alpha, 0, gamma] = args.csv, env_id, alpha, gamma, int(own["episodes"].iloc[0]), about
+    code |= run_missing(measure_optimum, jobs, args.csv, (*KEYS, "gamma"), args.jobs)
     rows = pd.read_csv(args.csv)
     print(summary(rows))
     if args.png:
