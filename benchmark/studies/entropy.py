@@ -101,11 +101,11 @@ def draw(rows: list[dict], shown: dict[tuple, torch.Tensor], path: Path) -> None
     axis = torch.linspace(-7, 7, 60)
     density = paper.log_prob(torch.cartesian_prod(axis, axis)).exp().view(60, 60).T
     panel = iter([*axes[0, :4], *axes[1]])
-    for (varied, name), u in shown.items():
+    for (varied, name), u in sorted(shown.items(), key=lambda x: x[0][0] != "sampler"):
         ax, row = next(panel), frame[(frame["varied"] == varied) & (frame["target"] == "paper")]
         row = row[row[varied] == name].iloc[0]
-        ax.contour(axis, axis, density, levels=4, linewidths=0.5, cmap="Greys")
         ax.plot(*u.T, ".", markersize=2)
+        ax.contour(axis, axis, density, levels=4, linewidths=0.8, colors="black", zorder=3)
         title = name if varied == "sampler" else f"sigma {name}"
         ax.set(title=f"{title}: {row['estimate']:.2f}", xlim=(-7, 7), ylim=(-7, 7), aspect="equal")
     ax, own = axes[0, 4], frame[(frame["varied"] == "grid") & (frame["particles"] == max(frame["particles"]))]
