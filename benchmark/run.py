@@ -107,6 +107,10 @@ def gpu_rates() -> dict[int, float]:
     return {1: alone["loop_sps"].median(), len(together): together.sum()}
 
 
+def duration(hours: float) -> str:
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{60 * hours:.0f} minutes"
+
+
 def estimate(cells: list[dict], args: Args) -> str:
     """What the cells cost on CPUs and on a GPU, by measured speeds."""
     rates, used, hours, total = measured(), {}, 0.0, sum(map(steps, cells))
@@ -123,9 +127,9 @@ def estimate(cells: list[dict], args: Args) -> str:
     rate = float(np.interp(k, list(gpu), list(gpu.values())))
     return (
         f"to run: {len(cells)} runs, {total:,} environment steps\n"
-        f"  CPU: {hours:,.1f} core hours, {hours / side_by_side:,.1f} hours here, {side_by_side} at a time, by the "
+        f"  CPU: {duration(hours)} of a core, {duration(hours / side_by_side)} here, {side_by_side} at a time, by the "
         f"steps a second and core in benchmark/results/speed*.csv: {', '.join(used.values())}\n"
-        f"  GPU: {total / rate / 3600:,.1f} hours of one H200, {k} processes with MPS, {rate:,.0f} steps/s in all, "
+        f"  GPU: {duration(total / rate / 3600)} of one H200, {k} processes with MPS, {rate:,.0f} steps/s in all, "
         f"by what {max(gpu)} processes of an older MEow made (benchmark/results/{GPU_RUNS[0]}_meow.csv and others)"
     )
 

@@ -228,9 +228,9 @@ def test_cost_and_mps(tmp_path, monkeypatch, capsys):
     flags = dict(scripts=("meow", "sac"), env_ids=("Hopper-v4",), flags="--total-timesteps 720000", dry_run=True)
     run.main(run.Args(tmp_path / "g", **flags, gpu_fraction=0.2))
     printed = capsys.readouterr().out
-    assert "2 runs, 1,440,000 environment steps" in printed and "CPU: 3.0 core hours" in printed  # 1 + 2
+    assert "2 runs, 1,440,000 environment steps" in printed and "CPU: 3.0 hours of a core" in printed  # 1 + 2
     assert (
-        "GPU: 0.3 hours of one H200, 5 processes with MPS, 1,500 steps/s" in printed
+        "GPU: 16 minutes of one H200, 5 processes with MPS, 1,500 steps/s" in printed
         and "nvidia-cuda-mps-control -d" in printed
     )
     (tmp_path / "control").touch()
