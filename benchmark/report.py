@@ -71,7 +71,8 @@ def curve(run: Path) -> list[dict]:
     facts, speeds = json.loads((run / "args.json").read_text()), scalars(run, "charts/SPS")
     script, *flags = shlex.split(facts["command"])
     about = dict(seed=facts["args"]["seed"], commit=facts["commit"], machine=facts["machine"])
-    about["command"] = shlex.join([Path(script).name, *flags])  # wherever the script lay
+    script = re.search(r"(benchmark/)?[^/]*$", script)[0]  # wherever the project lay
+    about["command"] = shlex.join([script, *flags])
     rows = []
     for event in scalars(run, "eval/episodic_return"):
         sps = next((s.value for s in reversed(speeds) if s.step <= event.step), float("nan"))
