@@ -338,7 +338,7 @@ def test_run(script, tmp_path):
     returns, _ = module.evaluate(agent, [module.make_env(args.env_id) for _ in range(2)], args)
     assert np.float32(returns.mean()) == best
     replay = ["--evaluate", folder / "best.pt", "--device=cpu"]
-    evaluated = re.search(r"return (\S+) .* each \[(.*), (.*)\]", run(script, *replay, cwd=tmp_path / "x").out)
+    evaluated = re.search(r"return (\S+) .* of \[(.*), (.*)\]", run(script, *replay, cwd=tmp_path / "x").out)
     assert [float(x) for x in evaluated.groups()] == pytest.approx([best, *returns], abs=0.06)
     refused(script, *replay, "--env-id=tasks:Counting-v0", cwd=tmp_path / "x", message="tasks:Counting-v0")
 
