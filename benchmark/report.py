@@ -66,13 +66,17 @@ def describe(command: str) -> tuple[str, str, frozenset[str]]:
     return NAMES.get(word, word), " ".join(flags.get("env-id", ["Hopper-v4"])), frozenset(own)
 
 
+def local(command: str) -> str:
+    """The command with the script's path in the project, wherever that lay."""
+    script, *flags = shlex.split(command)
+    return shlex.join([re.search(r"(benchmark/(studies/)?)?[^/]*$", script)[0], *flags])
+
+
 def curve(run: Path) -> list[dict]:
     """Rows of the CSV from the run's TensorBoard events and args.json. SPS is the last one logged before."""
     facts, speeds = json.loads((run / "args.json").read_text()), scalars(run, "charts/SPS")
-    script, *flags = shlex.split(facts["command"])
     about = dict(seed=facts["args"]["seed"], commit=facts["commit"], machine=facts["machine"])
-    script = re.search(r"(benchmark/)?[^/]*$", script)[0]  # wherever the project lay
-    about["command"] = shlex.join([script, *flags])
+    about["command"] = local(facts["command"])
     rows = []
     for event in scalars(run, "eval/episodic_return"):
         sps = next((s.value for s in reversed(speeds) if s.step <= event.step), float("nan"))

@@ -39,7 +39,7 @@ import tyro
 
 import multigoal
 from benchmark import UserError, exit_code, facts, panels, run_missing, save_picture, scalars, table, word_of
-from benchmark.report import describe, folders_of
+from benchmark.report import describe, folders_of, local
 from benchmark.studies import densities
 
 KEYS = ("algorithm", "env_id", "alpha", "seed")
@@ -89,7 +89,8 @@ def measure(run: Path, csv: Path, episodes: int) -> dict:
     row |= dict(rmse=round(measured.rmse, 1), kl=round(float(measured.kl.mean()), 3))
     row |= dict(mass=f"{mass(agent, multigoal.STATES[trained.env_id]):.6f}" if hasattr(agent, "log_prob") else "")
     seconds = (run / "checkpoint.pt").stat().st_mtime - (run / "args.json").stat().st_mtime
-    return row | dict(seconds=round(seconds)) | {name: about[name] for name in ("commit", "machine", "command")}
+    row |= dict(seconds=round(seconds), command=local(about["command"]))
+    return row | {name: about[name] for name in ("commit", "machine")}
 
 
 def measure_optimum(csv: Path, env_id: str, alpha: float, gamma: float, episodes: int, about: dict) -> dict:
