@@ -337,7 +337,7 @@ def recorded(args: Args):
 
 
 def make_update(agent: nn.Module, buffer: ReplayBuffer, args: Args):
-    """update(), equation (5) and, each policy_frequency-th time, as often (6), (7); its METRICS (10,); what it moves"""
+    """update(): (5); every policy_frequency-th time also as many steps of (6), (7). METRICS (10,). What it moves."""
     target = copy.deepcopy(agent.qf).requires_grad_(False)  # Q'
     q_params, target_params, actor_params = flatten(agent.qf), flatten(target), flatten(agent.actor)
     log_alpha, updates, device = agent.log_alpha.detach(), itertools.count(), q_params.device

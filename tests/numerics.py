@@ -30,6 +30,14 @@ def over_grid(function, obs: torch.Tensor, points: torch.Tensor) -> torch.Tensor
     return torch.cat([function(obs.expand(len(part), -1), part) for part in points.split(20_000)])
 
 
+@torch.no_grad()
+def check_density(agent, action_dim: int, n: int) -> None:
+    """pi(.|s) of an agent in float64 with O 4 integrates to one at three states, on n^D points."""
+    points, weights = action_grid(action_dim, n)
+    for obs in torch.randn(3, 4, dtype=torch.float64):
+        assert abs((over_grid(agent.log_prob, obs, points).exp() * weights).sum() - 1) < 1e-4
+
+
 def random_batch(module, n: int, obs_dim: int, action_dim: int):
     """A script's Batch of n transitions in float64; three in ten terminate."""
     obs, next_obs = torch.randn(2, n, obs_dim, dtype=torch.float64)
