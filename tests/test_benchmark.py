@@ -206,7 +206,7 @@ def test_s2ac_actions(tmp_path, monkeypatch):
     q = agent.q(obs.expand(10, -1, -1), actions).amin(-1)
     torch.testing.assert_close(agent.q(obs, chosen["best"]).amin(-1), q.amax(0))
     assert torch.equal(chosen["likely"][2], actions[log_prob[:, 2].argmax(), 2])
-    assert torch.equal(chosen["random"], actions[0]) and torch.equal(chosen["sampler"], agent.sample(obs, True))
+    assert torch.equal(chosen["random"], actions[0]) and torch.equal(chosen["script"], agent.sample(obs, True))
     torch.testing.assert_close(chosen["mean"].atanh(), actions.atanh().mean(0), atol=1e-3, rtol=1e-3)
     state = s2ac_actions.visited_states(agent, "Hopper-v4", 1)[0]
     env = s2ac.make_env("Hopper-v4")
@@ -218,7 +218,7 @@ def test_s2ac_actions(tmp_path, monkeypatch):
     torch.save(
         dict(agent=agent.state_dict(), args=vars(args), algorithm=s2ac.__name__, sizes=(11, 3), run=(7,)), "a.pt"
     )
-    s2ac_actions.main(s2ac_actions.Args("a.pt", tmp_path / "a.csv", states=2, horizon=2))
+    s2ac_actions.main(s2ac_actions.Args(("a.pt",), tmp_path / "a.csv", states=2, horizon=2))
     rows = read_csv(tmp_path / "a.csv")
     assert [row["choice"] for row in rows] == [*chosen] and {row["step"] for row in rows} == {"7"}
     assert float(rows[0]["promised"]) == float(rows[0]["realized"]) == 0

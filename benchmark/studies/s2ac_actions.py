@@ -1,13 +1,13 @@
 """Which of its particles should S2AC take in an evaluation? Returns of several choices, and what Q promises of them.
 
-    python -m benchmark.studies.s2ac_actions --checkpoint runs/RUN/checkpoint.pt --csv runs/s2ac_actions.csv
+    python -m benchmark.studies.s2ac_actions runs/RUN/checkpoint.pt ... --csv runs/s2ac_actions.csv
 
     random       one of the particles, as in training
     best         that of the highest min_i Q_i
     likely       that of the highest log pi
     mean         tanh of the particles' mean
     start        tanh mu(s), where the particles start
-    sampler      f(s, 0) of phi-theta-psi
+    script       the script's own: the best of the particles of fixed draws, or f(s, 0) of phi-theta-psi
 
 return, std: of ten episodes with this choice in every step. promised: min_i Q_i of the chosen action less that of a
 random particle, mean over states that the random choice visits. realized: the same difference in the discounted soft
@@ -29,7 +29,7 @@ from benchmark import facts, markdown, write_csv
 
 @dataclasses.dataclass
 class Args:
-    checkpoint: Path  # checkpoint of a run of S2AC
+    checkpoints: tyro.conf.Positional[tuple[Path, ...]]  # of runs of S2AC
     csv: Path = Path("runs/s2ac_actions.csv")  # table to write
     states: int = 200  # states from which each choice is tried once
     horizon: int = 200  # steps of a rollout, 0.99^200 = 0.13
@@ -53,9 +53,7 @@ def choices(agent: s2ac.S2AC) -> dict[str, Callable[[torch.Tensor], torch.Tensor
     found["mean"] = lambda obs: torch.tanh(torch.atanh(agent.policy(obs)[0].clamp(-1 + 1e-6, 1 - 1e-6)).mean(0))
     if agent.initial is not None:
         found["start"] = lambda obs: torch.tanh(agent.gaussian(obs)[0])
-    if agent.sampler is not None:
-        found["sampler"] = lambda obs, sample=agent.sample: sample(obs, deterministic=True)
-    return found
+    return found | dict(script=lambda obs, sample=agent.sample: sample(obs, deterministic=True))
 
 
 def episodes(agent: s2ac.S2AC, act: Callable, args: s2ac.Args) -> np.ndarray:
@@ -97,18 +95,17 @@ def soft_returns(agent: s2ac.S2AC, args: s2ac.Args, states: list, actions: np.nd
 
 
 @torch.no_grad()
-def main(args: Args) -> None:
-    agent, trained = s2ac.load_agent(args.checkpoint)
+def measure(checkpoint: Path, args: Args) -> list[dict]:
+    """A row for each choice."""
+    agent, trained = s2ac.load_agent(checkpoint)
     torch.manual_seed(args.seed), np.random.seed(args.seed)
     states, rows, first = visited_states(agent, trained.env_id, args.states), [], ()
     obs = torch.from_numpy(np.stack([obs for obs, *_ in states]))
-    step = torch.load(args.checkpoint, weights_only=True)["run"][0]
+    step = torch.load(checkpoint, weights_only=True)["run"][0]
     for name, act in choices(agent).items():
         actions = act(obs)
-        values = (
-            agent.q(obs, actions).amin(-1).numpy(),
-            soft_returns(agent, trained, states, actions.numpy(), args.horizon),
-        )
+        q = agent.q(obs, actions).amin(-1).numpy()
+        values = q, soft_returns(agent, trained, states, actions.numpy(), args.horizon)
         first = first or values  # of the random choice
         promised, realized = (mine - theirs for mine, theirs in zip(values, first, strict=True))  # (B,) each
         returns = episodes(agent, act, trained)
@@ -117,6 +114,11 @@ def main(args: Args) -> None:
         row |= dict(realized=realized.mean(), standard_error=realized.std() / len(states) ** 0.5)
         rows.append({k: round(float(x), 2) if isinstance(x, np.floating) else x for k, x in row.items()})
         print(rows[-1], flush=True)
+    return rows
+
+
+def main(args: Args) -> None:
+    rows = [row for checkpoint in args.checkpoints for row in measure(checkpoint, args)]
     write_csv(args.csv, [row | facts() for row in rows])
     print(markdown(rows))
 
