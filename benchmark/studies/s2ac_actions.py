@@ -31,7 +31,7 @@ from benchmark import facts, markdown, write_csv
 class Args:
     checkpoints: tyro.conf.Positional[tuple[Path, ...]]  # of runs of S2AC
     csv: Path = Path("runs/s2ac_actions.csv")  # table to write
-    states: int = 200  # states from which each choice is tried once
+    states: int = 200  # states from which each choice is tried once; 0: returns only
     horizon: int = 200  # steps of a rollout, 0.99^200 = 0.13
     seed: int = 0  # seed of states and rollouts
 
@@ -99,19 +99,20 @@ def measure(checkpoint: Path, args: Args) -> list[dict]:
     """A row for each choice."""
     agent, trained = s2ac.load_agent(checkpoint)
     torch.manual_seed(args.seed), np.random.seed(args.seed)
-    states, rows, first = visited_states(agent, trained.env_id, args.states), [], ()
-    obs = torch.from_numpy(np.stack([obs for obs, *_ in states]))
+    states, rows, first = visited_states(agent, trained.env_id, args.states) if args.states else [], [], ()
     step = torch.load(checkpoint, weights_only=True)["run"][0]
     for name, act in choices(agent).items():
-        actions = act(obs)
-        q = agent.q(obs, actions).amin(-1).numpy()
-        values = q, soft_returns(agent, trained, states, actions.numpy(), args.horizon)
-        first = first or values  # of the random choice
-        promised, realized = (mine - theirs for mine, theirs in zip(values, first, strict=True))  # (B,) each
         returns = episodes(agent, act, trained)
         row = dict(env_id=trained.env_id, seed=trained.seed, step=step, choice=name)
-        row |= {"return": returns.mean(), "std": returns.std(), "promised": promised.mean()}
-        row |= dict(realized=realized.mean(), standard_error=realized.std() / len(states) ** 0.5)
+        row |= {"return": returns.mean(), "std": returns.std()}
+        if states:
+            obs = torch.from_numpy(np.stack([obs for obs, *_ in states]))
+            q = agent.q(obs, actions := act(obs)).amin(-1).numpy()
+            values = q, soft_returns(agent, trained, states, actions.numpy(), args.horizon)
+            first = first or values  # of the random choice
+            promised, realized = (mine - theirs for mine, theirs in zip(values, first, strict=True))  # (B,) each
+            row |= dict(promised=promised.mean(), realized=realized.mean())
+            row |= dict(standard_error=realized.std() / len(states) ** 0.5)
         rows.append({k: round(float(x), 2) if isinstance(x, np.floating) else x for k, x in row.items()})
         print(rows[-1], flush=True)
     return rows
