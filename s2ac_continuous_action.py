@@ -72,7 +72,7 @@ class Args:
     eval_episodes: int = 10  # episodes of an evaluation, with the same seeds every time
     deterministic_eval: bool = True  # evaluate the deterministic action instead of samples
     checkpoint_frequency: int = 10_000  # steps between checkpoints
-    # S2AC's own; the deterministic action is the best by Q of the particles of fixed draws, or f(s, 0) of phi-theta-psi
+    # S2AC's own; the deterministic action is tanh mu(s), f(s, 0) of phi-theta-psi, of phi the best by Q of fixed draws
     alpha: float = 1.0  # temperature: the weight of the entropy
     learning_rate: float = 3e-4  # Adam's step size
     variant: Literal["phi", "phi-theta", "phi-theta-psi"] = "phi-theta"  # learned besides Q: nothing; q^0; q^0 and f
@@ -272,11 +272,12 @@ class S2AC(nn.Module):
         return torch.tanh(u), log_q0 + change - log_one_minus_tanh2(u).sum(-1)
 
     def sample(self, obs: torch.Tensor, deterministic: bool = False) -> torch.Tensor:
-        """Actions (B, D): a particle; if deterministic, the best by Q of those of fixed draws, or f(s, 0)."""
+        """Actions (B, D): a particle; if deterministic, tanh mu(s), f(s, 0), or of phi the best by Q of fixed draws."""
         if not deterministic:
             return self.policy(obs)[0][0]
-        if self.sampler is not None:
-            return torch.tanh(self.sampler(torch.cat([obs, obs.new_zeros(len(obs), self.action_dim)], -1)))
+        if self.initial is not None:
+            x = torch.cat([obs, obs.new_zeros(len(obs), self.action_dim)], -1)  # z = 0
+            return torch.tanh(self.gaussian(obs)[0] if self.sampler is None else self.sampler(x))
         actions, _ = self.policy(obs, self.fixed_xi[:, None].expand(-1, len(obs), -1))  # (m, B, D)
         best = self.q(obs.expand(len(actions), -1, -1), actions).amin(-1).argmax(0)  # (B,)
         return actions[best, torch.arange(len(obs), device=obs.device)]

@@ -200,13 +200,15 @@ def test_s2ac_actions(tmp_path, monkeypatch):
     agent = s2ac.S2AC(11, 3, args := s2ac.Args("Hopper-v4", variant="phi-theta-psi", eval_episodes=1))
     obs, noise = torch.randn(6, 11), torch.randn(10, 6, 3)
     policy = agent.policy
-    monkeypatch.setattr(agent, "policy", lambda obs: policy(obs, noise[:, : len(obs)]))
+    monkeypatch.setattr(agent, "policy", lambda obs, xi=None: policy(obs, noise[:, : len(obs)] if xi is None else xi))
     actions, log_prob = agent.policy(obs)
     chosen = {name: act(obs) for name, act in s2ac_actions.choices(agent).items()}
     q = agent.q(obs.expand(10, -1, -1), actions).amin(-1)
     torch.testing.assert_close(agent.q(obs, chosen["best"]).amin(-1), q.amax(0))
+    fixed = agent.policy(obs, agent.fixed_xi[:, None].expand(-1, 6, -1))[0]
+    torch.testing.assert_close(chosen["fixed"][4], max(fixed[:, 4], key=lambda a: agent.q(obs[4:5], a[None]).min()))
     assert torch.equal(chosen["likely"][2], actions[log_prob[:, 2].argmax(), 2])
-    assert torch.equal(chosen["random"], actions[0]) and torch.equal(chosen["script"], agent.sample(obs, True))
+    assert torch.equal(chosen["random"], actions[0]) and torch.equal(chosen["sampler"], agent.sample(obs, True))
     torch.testing.assert_close(chosen["mean"].atanh(), actions.atanh().mean(0), atol=1e-3, rtol=1e-3)
     state = s2ac_actions.visited_states(agent, "Hopper-v4", 1)[0]
     env = s2ac.make_env("Hopper-v4")

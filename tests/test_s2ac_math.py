@@ -269,13 +269,15 @@ def test_without_steps_the_update_is_sacs(monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_actions(variant):
-    """Deterministic: the best by Q of the particles of fixed draws, or f(s, 0). Otherwise particles, inside the box."""
+    """Deterministic: tanh mu(s), f(s, 0), of phi the best by Q of fixed draws. Otherwise particles, inside the box."""
     agent = random_agent(4, 2, variant)
     obs = torch.randn(6, 4)
     action = agent.sample(obs, deterministic=True)
     assert torch.equal(action, agent.sample(obs, deterministic=True))
     if variant == "phi-theta-psi":
         assert torch.equal(action, agent.sampler(torch.cat([obs, torch.zeros(6, 2)], -1)).tanh())
+    elif variant == "phi-theta":
+        torch.testing.assert_close(action, agent.initial(obs)[:, :2].tanh())
     else:
         for s, a in zip(obs, action, strict=True):
             candidates, _ = agent.policy(s[None], agent.fixed_xi[:, None])  # (m, 1, D)

@@ -7,7 +7,8 @@
     likely       that of the highest log pi
     mean         tanh of the particles' mean
     start        tanh mu(s), where the particles start
-    script       the script's own: the best of the particles of fixed draws, or f(s, 0) of phi-theta-psi
+    fixed        as best, of the same draws in every state
+    sampler      f(s, 0) of phi-theta-psi
 
 return, std: of ten episodes with this choice in every step. promised: min_i Q_i of the chosen action less that of a
 random particle, mean over states that the random choice visits. realized: the same difference in the discounted soft
@@ -39,21 +40,24 @@ class Args:
 def choices(agent: s2ac.S2AC) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
     """Name -> obs (B, O) -> actions (B, D)."""
 
-    def take(scores: Callable) -> Callable[[torch.Tensor], torch.Tensor]:
+    def take(scores: Callable, xi: torch.Tensor | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
         def act(obs: torch.Tensor) -> torch.Tensor:
-            actions, log_prob = agent.policy(obs)  # (m, B, D), (m, B)
+            actions, log_prob = agent.policy(obs, None if xi is None else xi[:, None].expand(-1, len(obs), -1))
             best = scores(obs.expand(len(actions), -1, -1), actions, log_prob).argmax(0)  # (B,)
             return actions[best, torch.arange(len(obs))]
 
         return act
 
     found = dict(random=agent.sample)
-    found["best"] = take(lambda obs, actions, log_prob: agent.q(obs, actions).amin(-1))
+    found["best"] = take(by_q := lambda obs, actions, log_prob: agent.q(obs, actions).amin(-1))
+    found["fixed"] = take(by_q, agent.fixed_xi)
     found["likely"] = take(lambda obs, actions, log_prob: log_prob)
     found["mean"] = lambda obs: torch.tanh(torch.atanh(agent.policy(obs)[0].clamp(-1 + 1e-6, 1 - 1e-6)).mean(0))
     if agent.initial is not None:
         found["start"] = lambda obs: torch.tanh(agent.gaussian(obs)[0])
-    return found | dict(script=lambda obs, sample=agent.sample: sample(obs, deterministic=True))
+    if agent.sampler is not None:
+        found["sampler"] = lambda obs, sample=agent.sample: sample(obs, deterministic=True)
+    return found
 
 
 def episodes(agent: s2ac.S2AC, act: Callable, args: s2ac.Args) -> np.ndarray:
