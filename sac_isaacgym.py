@@ -90,8 +90,10 @@ PRESETS = {  # the MEow paper's, for Isaac Gym; Isaac Lab's Isaac-Ant-v0 takes A
     "AllegroHand": dict(WIDE, alpha=0.1, tau=0.0025),
     "FrankaCabinet": dict(WIDE, alpha=0.1, tau=0.025),
 }
-BRAX = dict(num_envs=64, batch_size=256, updates_per_step=4, gamma=0.97, total_timesteps=1_536_000, q_lr=1e-3)
-BRAX.update(learning_starts=6_400, buffer_size=1_000_000, eval_frequency=128_000, autotune=True)  # as MEow's
+ANT = dict(num_envs=64, batch_size=256, updates_per_step=4, gamma=0.97, total_timesteps=1_536_000, q_lr=1e-3)
+ANT.update(learning_starts=6_400, buffer_size=1_000_000, eval_frequency=128_000, autotune=True)  # as MEow's
+FALLS = dict(ANT, gamma=0.997, batch_size=128, updates_per_step=32, total_timesteps=512_000, eval_frequency=64_000)
+BRAX = dict(hopper=FALLS, walker2d=FALLS)  # by task, of others ANT
 LIMITS = dict(gamma=(0, 1), tau=(0, 1), seed=(0, 2**31), learning_starts=(1, 1e12), policy_frequency=(1, 1e6))
 EVAL_SEED = 10_000  # of every evaluation: on brax its episodes start from the same states
 Batch = collections.namedtuple("Batch", "obs actions rewards next_obs terminations")  # (B, O), D, 1, O, 1
@@ -108,7 +110,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     argv = sys.argv[1:] if argv is None else argv
     first = tyro.cli(Args, args=[a for a in argv if a not in ("-h", "--help")])
     task = first.env_id.replace("Isaac-", "").replace("-Direct", "").replace("-v0", "")
-    base = BRAX if first.sim == "brax" else PRESETS.get(task, {})
+    base = BRAX.get(task, ANT) if first.sim == "brax" else PRESETS.get(task, {})
     if first.evaluate or first.resume:
         saved = load_checkpoint(Path(first.evaluate or f"{first.resume}/checkpoint.pt"))["args"]
         base = dict(saved, device="auto", compile="auto", capture_video=False)

@@ -122,6 +122,9 @@ def tables() -> dict[str, str]:
     found["samplers"] = table(rows, "sampler exact", "estimate:2 spread:2 particles_entropy:2")
     rows = read("entropy", varied=["grid"], target=["paper"], particles=["200"])
     found["entropy_steps"] = table(rows, "steps exact", "estimate:2 spread:2 particles_entropy:2")
+    found["s2ac_actions"] = table(read("s2ac_actions"), "step", "return:0", "choice")
+    rows = read("s2ac_promises")
+    found["s2ac_promises"] = table(rows, "seed step choice", "return:0 promised:2 realized:2 standard_error:2")
     timing, one = "update_ms:2 act_ms:3 loop_sps:0", ["1"]
     rows = read("speed", "speed_large", threads=one, env_id=["Hopper-v4", "Humanoid-v4"])
     found["speed"] = table(rows, "env_id implementation", timing)

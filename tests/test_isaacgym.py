@@ -421,6 +421,19 @@ def test_presets_are_the_papers_and_flags_win(task):
         assert sac.parse_args(["--sim=isaaclab", "--env-id", lab, "--device=cpu"]).tau == baseline.tau
 
 
+@pytest.mark.parametrize("script", [meow, sac])
+def test_presets_of_brax(script):
+    """Each task's own, ant's for one that has none, the paper's Ant for another simulator, and flags before all."""
+    args = {
+        task: script.parse_args(["--env-id", task, "--device=cpu"]) for task in ("ant", "hopper", "walker2d", "swimmer")
+    }
+    numbers = {task: (a.gamma, a.updates_per_step, a.batch_size) for task, a in args.items()}
+    assert numbers["ant"] == numbers["swimmer"] == (0.97, 4, 256)
+    assert numbers["hopper"] == numbers["walker2d"] == (0.997, 32, 128)
+    assert script.parse_args(["--env-id", "hopper", "--device=cpu", "--gamma=0.9"]).gamma == 0.9
+    assert script.parse_args(["--sim=isaaclab", "--env-id=hopper", "--device=cpu"]).gamma == 0.99
+
+
 @each_script
 def test_loss_that_is_not_finite_stops_the_run(stand_ins, monkeypatch, script):
     monkeypatch.setattr(fake, "reward_of", lambda i, episode, t: np.where(episode == 2, np.nan, i))

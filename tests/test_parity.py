@@ -12,7 +12,7 @@ SOURCES = {
     path.stem.removesuffix("_continuous_action"): path.read_text() for path in ROOT.glob("*_continuous_action.py")
 }
 PARALLEL = {path.stem.removesuffix("_isaacgym"): path.read_text() for path in ROOT.glob("*_isaacgym.py")}
-OWN = {"PRESETS", "BRAX", "GOAL_MAP", "LIMITS", "METRICS", "Agent", "make_update"}  # the algorithm's
+OWN = {"PRESETS", "ANT", "BRAX", "GOAL_MAP", "LIMITS", "METRICS", "Agent", "make_update"}  # the algorithm's
 SHARED = {"parse_args", "make_env", "Batch", "ReplayBuffer", "flatten", "compiled", "recorded", "evaluate"}
 SHARED |= {"load_checkpoint", "load_agent", "train", "__main__", "Args", "EVAL_SEED", "MAY_CHANGE"}  # in every script
 
@@ -52,7 +52,7 @@ def test_what_has_the_same_name_is_the_same_text_in_the_same_order():
     assert len(SOURCES) >= 6 and not drift(SOURCES)
     assert blocks(SOURCES["sac"])["make_update"] == blocks(SOURCES["sac_nf"])["make_update"]
     for script, source in SOURCES.items():
-        assert not (SHARED | OWN) - {"GOAL_MAP", "BRAX"} - blocks(source).keys(), script
+        assert not (SHARED | OWN) - {"GOAL_MAP", "ANT", "BRAX"} - blocks(source).keys(), script
 
 
 def test_parallel_scripts():
