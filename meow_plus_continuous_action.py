@@ -80,6 +80,9 @@ class Args:
     log_sigma_max: float = -0.3  # upper bound of log sigma(s)
     dropout: float = 0.1  # in the coupling nets, in the loss only
     prior: Literal["normal", "logistic"] = "logistic"  # of u; tanh of sigma u, sigma = 1/2, is uniform for a logistic
+    reward_units: bool = True  # the shifts are in units of reward, not of alpha
+    autotune: bool = False  # tune alpha to the entropy of z
+    target_entropy: float = 1.0  # minus the entropy of z by dimension, for autotune
     layer_norm: bool = True  # LayerNorm in the sigma net and the shift nets
     obs_norm: Literal["none", "symlog", "running"] = "running"  # of the observations
 
@@ -236,7 +239,8 @@ class SoftValue(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.alpha, self.low, self.high = args.alpha, args.log_sigma_min, args.log_sigma_max
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)), requires_grad=args.autotune)
+        self.units, self.low, self.high = args.reward_units, args.log_sigma_min, args.log_sigma_max
         self.log_normalizer = 0.5 * action_dim * math.log(2 * math.pi) if args.prior == "normal" else 0.0
         self.sigma_net = MLP(obs_dim, 64, action_dim, args.layer_norm, True)
         self.shift_nets = nn.ModuleList([MLP(obs_dim, 256, 1, args.layer_norm, True) for _ in range(2)])
@@ -251,7 +255,9 @@ class SoftValue(nn.Module):
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
         """V_1(s), V_2(s): (B, 2), exactly alpha log int exp(Q_i / alpha) da: equation (3)."""
-        return self.alpha * (self.log_normalizer + self.log_sigma(obs).sum(-1, keepdim=True) + self.shifts(obs))
+        alpha = self.log_alpha.detach().exp()
+        b = self.shifts(obs) if self.units else alpha * self.shifts(obs)
+        return alpha * (self.log_normalizer + self.log_sigma(obs).sum(-1, keepdim=True)) + b
 
 
 class MEow(nn.Module):
@@ -259,7 +265,7 @@ class MEow(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.alpha, self.action_dim, self.prior, self.obs_norm = args.alpha, action_dim, args.prior, args.obs_norm
+        self.action_dim, self.prior, self.obs_norm = action_dim, args.prior, args.obs_norm
         for name, value in dict(obs_mean=0.0, obs_square=1.0).items():
             self.register_buffer(name, torch.full((obs_dim,), value))
         self.register_buffer("batches", torch.zeros(()))
@@ -305,7 +311,8 @@ class MEow(nn.Module):
     def q(self, obs: torch.Tensor, action: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         """Q_1(s,a), Q_2(s,a): (B, 2), equation (2). One pass of the flow serves both."""
         obs = self.norm(obs)
-        return self.alpha * (self.energy(obs, action, keep)[..., None] + self.value.shifts(obs))
+        alpha, b = self.value.log_alpha.detach().exp(), self.value.shifts(obs)
+        return alpha * self.energy(obs, action, keep)[..., None] + (b if self.value.units else alpha * b)
 
     forward = q  # what functional_call calls
 
@@ -322,7 +329,8 @@ class MEow(nn.Module):
         """Means over the batch: entropy in nats, log sigma, share of the actions' coordinates beyond the clamp."""
         action, log_sigma = self.sample(obs), self.value.log_sigma(self.norm(obs)).mean()
         clamped = (action.abs() > 1 - 1e-5).float().mean()
-        return dict(entropy=-self.log_prob(obs, action).mean(), log_sigma=log_sigma, actions_clamped=clamped)
+        alpha = self.value.log_alpha.exp()
+        return dict(alpha=alpha, entropy=-self.log_prob(obs, action).mean(), log_sigma=log_sigma, actions_clamped=clamped)
 
 
 Agent = MEow  # its name in what the scripts share
@@ -399,7 +407,9 @@ def make_update(agent: MEow, buffer: ReplayBuffer, args: Args):
         def loss(params: dict[str, torch.Tensor]):
             q = functional_call(agent, params, (batch.obs, batch.actions, keep))  # (B, 2)
             qf_loss = (q - y).square().mean(0)  # (2,)
-            return qf_loss.mean(), torch.cat([qf_loss.mean()[None], qf_loss, q.mean(0), y.mean()[None]])
+            entropy = 2 * agent.action_dim + agent.value.log_sigma(agent.norm(batch.obs)).sum(-1).mean().detach()
+            tune = args.autotune * params["value.log_alpha"] * (entropy + args.target_entropy * agent.action_dim)
+            return qf_loss.mean() + tune, torch.cat([qf_loss.mean()[None], qf_loss, q.mean(0), y.mean()[None]])
 
         grads, values = torch.func.grad(loss, has_aux=True)(unflatten(params, agent))
         grad = concatenate(grads.values())  # (P,)
