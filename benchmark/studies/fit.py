@@ -84,7 +84,9 @@ def measure(run: Path, args: Args) -> list[dict]:
         few = script.Batch(*(x[: args.states] for x in batch))
         own = agent.sample(few.obs)
         log_pi = agent.log_prob(few.obs, own).numpy()
-        v, q, q_own = (x.amin(-1).numpy() for x in (agent.v(few.obs), agent.q(few.obs, few.actions), agent.q(few.obs, own)))
+        v, q, q_own = (
+            x.amin(-1).numpy() for x in (agent.v(few.obs), agent.q(few.obs, few.actions), agent.q(few.obs, own))
+        )
         q_hat, own_hat = (
             soft_returns(script, agent, trained, few.obs.numpy(), a.numpy(), args.horizon) for a in (few.actions, own)
         )
