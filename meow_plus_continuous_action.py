@@ -80,6 +80,7 @@ class Args:
     log_sigma_max: float = -0.3  # upper bound of log sigma(s)
     dropout: float = 0.1  # in the coupling nets, in the loss only
     prior: Literal["normal", "logistic"] = "logistic"  # of u; tanh of sigma u, sigma = 1/2, is uniform for a logistic
+    uniform: bool = False  # mix the flow with a uniform density of learned weight eps(s)
     reward_units: bool = True  # the shifts are in units of reward, not of alpha
     autotune: bool = False  # tune alpha to the entropy of z
     target_entropy: float = 1.0  # minus the entropy of z by dimension, for autotune
@@ -242,12 +243,17 @@ class SoftValue(nn.Module):
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)), requires_grad=args.autotune)
         self.units, self.low, self.high = args.reward_units, args.log_sigma_min, args.log_sigma_max
         self.log_normalizer = 0.5 * action_dim * math.log(2 * math.pi) if args.prior == "normal" else 0.0
-        self.sigma_net = MLP(obs_dim, 64, action_dim, args.layer_norm, True)
+        self.sigma_net = MLP(obs_dim, 64, action_dim + args.uniform, args.layer_norm, True)
+        self.action_dim, self.uniform = action_dim, args.uniform
         self.shift_nets = nn.ModuleList([MLP(obs_dim, 256, 1, args.layer_norm, True) for _ in range(2)])
 
     def log_sigma(self, obs: torch.Tensor) -> torch.Tensor:
         """log sigma(s), (B, D), in [log_sigma_min, log_sigma_max]."""
-        return self.low + 0.5 * (self.high - self.low) * (torch.tanh(self.sigma_net(obs)) + 1)
+        return self.low + 0.5 * (self.high - self.low) * (torch.tanh(self.sigma_net(obs)[..., : self.action_dim]) + 1)
+
+    def log_eps(self, obs: torch.Tensor) -> torch.Tensor:
+        """log of the weight of the uniform density, (B,), in [-31, -1]."""
+        return -1 - 30 * torch.sigmoid(self.sigma_net(obs)[..., -1])
 
     def shifts(self, obs: torch.Tensor) -> torch.Tensor:
         """b_1(s), b_2(s): (B, 2); zeros without the reward shifts."""
@@ -257,6 +263,8 @@ class SoftValue(nn.Module):
         """V_1(s), V_2(s): (B, 2), exactly alpha log int exp(Q_i / alpha) da: equation (3)."""
         alpha = self.log_alpha.detach().exp()
         b = self.shifts(obs) if self.units else alpha * self.shifts(obs)
+        if self.uniform:  # Q = V + alpha log pi, V = b
+            return b
         return alpha * (self.log_normalizer + self.log_sigma(obs).sum(-1, keepdim=True)) + b
 
 
@@ -295,7 +303,11 @@ class MEow(nn.Module):
             z = sigma * (torch.randn_like(sigma) if self.prior == "normal" else torch.rand_like(sigma).logit(1e-6))
         for coupling in self.couplings:
             z = z + coupling.shift(z, obs)
-        return torch.tanh(z)
+        action = torch.tanh(z)
+        if self.value.uniform and not deterministic:
+            other = torch.rand_like(sigma[:, 0]).log() < self.value.log_eps(obs)  # (B,)
+            action = torch.where(other[:, None], 2 * torch.rand_like(action) - 1, action)
+        return action
 
     def energy(self, obs: torch.Tensor, action: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         """The part of log pi(a|s) that depends on a, (B,): equation (1). keep: dropout masks (4, 2, B, 64)."""
@@ -306,7 +318,12 @@ class MEow(nn.Module):
             z = z - self.couplings[k].shift(z, obs, None if keep is None else keep[k])
         u = z * (-self.value.log_sigma(obs)).exp()  # (B, D)
         log_p = -0.5 * u.square() if self.prior == "normal" else -u - 2 * nn.functional.softplus(-u)
-        return log_det + log_p.sum(-1)
+        energy = log_det + log_p.sum(-1)
+        if self.value.uniform:
+            log_eps = self.value.log_eps(obs)
+            flow = energy - self.value.log_sigma(obs).sum(-1) - self.value.log_normalizer
+            return torch.logaddexp(flow + torch.log1p(-log_eps.exp()), log_eps - self.action_dim * math.log(2))
+        return energy
 
     def q(self, obs: torch.Tensor, action: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         """Q_1(s,a), Q_2(s,a): (B, 2), equation (2). One pass of the flow serves both."""
@@ -323,6 +340,8 @@ class MEow(nn.Module):
     def log_prob(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """log pi(a|s): (B,), equation (4)."""
         obs = self.norm(obs)
+        if self.value.uniform:
+            return self.energy(obs, action)
         return self.energy(obs, action) - self.value.log_sigma(obs).sum(-1) - self.value.log_normalizer
 
     def policy_metrics(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -330,7 +349,8 @@ class MEow(nn.Module):
         action, log_sigma = self.sample(obs), self.value.log_sigma(self.norm(obs)).mean()
         clamped = (action.abs() > 1 - 1e-5).float().mean()
         alpha = self.value.log_alpha.exp()
-        return dict(alpha=alpha, entropy=-self.log_prob(obs, action).mean(), log_sigma=log_sigma, actions_clamped=clamped)
+        eps = self.value.log_eps(self.norm(obs)).mean() if self.value.uniform else alpha
+        return dict(alpha=alpha, log_eps=eps, entropy=-self.log_prob(obs, action).mean(), log_sigma=log_sigma, actions_clamped=clamped)
 
 
 Agent = MEow  # its name in what the scripts share
