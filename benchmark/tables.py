@@ -146,7 +146,9 @@ def tables() -> dict[str, str]:
     rows = read("speed_growth", num_seeds=one, implementation=["MEow"])
     found["speed_growth"] = table(rows, "batch_size num_envs", timing)
     rows = read("brax_ant", "brax_others", curve=["last checkpoint"])
-    found["brax"] = table(rows, "env_id algo step", "return:0 length:0 distance:0")
+    for flag in ("gamma", "alpha", "updates-per-step"):
+        rows[flag] = rows["command"].str.extract(f"--{flag} ([0-9.]+)", expand=False).fillna("")
+    found["brax"] = table(rows, "env_id algo gamma alpha updates-per-step step", "return:0 length:0 distance:0")
     steps = [str(128_000 * k) for k in (1, 2, 4, 8, 12)]
     found["brax_ant"] = table(read("brax_ant", curve=["evaluation"], step=steps), "step", "return:0", "algo")
     shares = " ".join(f"{part}_share:2" for part in ("policy", "simulator", "buffer", "update"))
