@@ -95,7 +95,7 @@ PRESETS = {  # the paper's, for Isaac Gym; Isaac Lab's Isaac-Ant-v0 takes Ant's
 ANT = dict(num_envs=64, batch_size=256, updates_per_step=4, gamma=0.97, total_timesteps=1_536_000, alpha=0.05)
 ANT.update(learning_starts=6_400, buffer_size=1_000_000, eval_frequency=128_000)  # for brax, found on its ant
 FALLS = dict(ANT, gamma=0.997, batch_size=128, updates_per_step=32, total_timesteps=512_000, eval_frequency=64_000)
-BRAX = dict(hopper=dict(FALLS, alpha=0.1), walker2d=dict(FALLS, alpha=0.1))  # by task, of others ANT
+BRAX = dict(hopper=dict(FALLS, alpha=0.1), walker2d=dict(FALLS, alpha=0.1))  # all others take ANT
 LIMITS = dict(gamma=(0, 1), tau=(0, 1), seed=(0, 2**31), learning_starts=(1, 1e12), log_sigma_min=(-20, 10))
 LIMITS.update(log_sigma_max=(-20, 10), dropout=(0, 0.99))  # every other number must be above 0
 EVAL_SEED = 10_000  # of every evaluation: on brax its episodes start from the same states

@@ -276,8 +276,8 @@ class S2AC(nn.Module):
         if not deterministic:
             return self.policy(obs)[0][0]
         if self.initial is not None:
-            x = torch.cat([obs, obs.new_zeros(len(obs), self.action_dim)], -1)  # z = 0
-            return torch.tanh(self.gaussian(obs)[0] if self.sampler is None else self.sampler(x))
+            z = obs.new_zeros(len(obs), self.action_dim)
+            return torch.tanh(self.sampler(torch.cat([obs, z], -1)) if self.sampler else self.gaussian(obs)[0])
         actions, _ = self.policy(obs, self.fixed_xi[:, None].expand(-1, len(obs), -1))  # (m, B, D)
         best = self.q(obs.expand(len(actions), -1, -1), actions).amin(-1).argmax(0)  # (B,)
         return actions[best, torch.arange(len(obs), device=obs.device)]

@@ -93,7 +93,7 @@ PRESETS = {  # the MEow paper's, for Isaac Gym; Isaac Lab's Isaac-Ant-v0 takes A
 ANT = dict(num_envs=64, batch_size=256, updates_per_step=4, gamma=0.97, total_timesteps=1_536_000, q_lr=1e-3)
 ANT.update(learning_starts=6_400, buffer_size=1_000_000, eval_frequency=128_000, autotune=True)  # as MEow's
 FALLS = dict(ANT, gamma=0.997, batch_size=128, updates_per_step=32, total_timesteps=512_000, eval_frequency=64_000)
-BRAX = dict(hopper=FALLS, walker2d=FALLS)  # by task, of others ANT
+BRAX = dict(hopper=FALLS, walker2d=FALLS)  # all others take ANT
 LIMITS = dict(gamma=(0, 1), tau=(0, 1), seed=(0, 2**31), learning_starts=(1, 1e12), policy_frequency=(1, 1e6))
 EVAL_SEED = 10_000  # of every evaluation: on brax its episodes start from the same states
 Batch = collections.namedtuple("Batch", "obs actions rewards next_obs terminations")  # (B, O), D, 1, O, 1

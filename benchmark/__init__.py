@@ -135,7 +135,7 @@ def table(rows, by: str, cells: str, across: str = "") -> str:
     columns, middle = [*by.split(), *across.split()], pd.Series.median if "turn" in rows else pd.Series.mean
 
     def text(x: pd.Series) -> str:
-        f, x = f"{{:.{digits[x.name]}f}}".format, pd.to_numeric(x).dropna()
+        f, x = f"{{:z.{digits[x.name]}f}}".format, pd.to_numeric(x).dropna()
         low, high = f(x.min()), f(x.max())
         return (f(middle(x)) + (f" ({low} to {high})" if low != high and not across else "")) if len(x) else ""
 

@@ -126,12 +126,13 @@ def tables() -> dict[str, str]:
     rows = read("s2ac_promises")
     found["s2ac_promises"] = table(rows, "seed step choice", "return:0 promised:2 realized:2 standard_error:2")
     rows = read("beyond")
+    rows["trial"] = rows["command"].str.extract(r"--exp-name (\S+)", expand=False)
     rows["flags"] = rows["command"].str.partition("--eval-frequency 10000 ")[2]
     columns = [f"return_{n}" for n in (10_000, 20_000, 30_000, 50_000, 90_000)]
-    found["beyond"] = markdown(rows[["env_id", "flags", *columns]].to_dict("records"))
+    found["beyond"] = markdown(rows[["trial", "env_id", "flags", *columns]].to_dict("records"))
     rows = read("beyond_fit")
-    rows["flags"] = rows["trained"].str.partition("--eval-frequency 10000 ")[2]
-    columns = "env_id flags step age v v_rollout rare td_rmse lag entropy".split()
+    rows["trial"] = rows["trained"].str.extract(r"--exp-name (\S+)", expand=False)
+    columns = "trial env_id step age v v_rollout rare td_rmse lag entropy".split()
     found["beyond_fit"] = markdown(rows[columns].to_dict("records"))
     timing, one = "update_ms:2 act_ms:3 loop_sps:0", ["1"]
     rows = read("speed", "speed_large", threads=one, env_id=["Hopper-v4", "Humanoid-v4"])

@@ -104,13 +104,13 @@ def measure(checkpoint: Path, args: Args) -> list[dict]:
     agent, trained = s2ac.load_agent(checkpoint)
     torch.manual_seed(args.seed), np.random.seed(args.seed)
     states, rows, first = visited_states(agent, trained.env_id, args.states) if args.states else [], [], ()
+    obs = torch.from_numpy(np.stack([obs for obs, *_ in states])) if states else None
     step = torch.load(checkpoint, weights_only=True)["run"][0]
     for name, act in choices(agent).items():
         returns = episodes(agent, act, trained)
         row = dict(env_id=trained.env_id, seed=trained.seed, step=step, choice=name)
         row |= {"return": returns.mean(), "std": returns.std()}
         if states:
-            obs = torch.from_numpy(np.stack([obs for obs, *_ in states]))
             q = agent.q(obs, actions := act(obs)).amin(-1).numpy()
             values = q, soft_returns(agent, trained, states, actions.numpy(), args.horizon)
             first = first or values  # of the random choice
