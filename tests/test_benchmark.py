@@ -197,7 +197,7 @@ def test_s2ac_actions(tmp_path, monkeypatch):
     """Each choice is what it says, and a rollout of one step gives the task's own reward and the entropy after it."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    agent = s2ac.S2AC(11, 3, args := s2ac.Args("Hopper-v4", variant="phi-theta-psi", eval_episodes=1))
+    agent = s2ac.S2AC(11, 3, args := s2ac.Args("Hopper-v4", variant="phi-theta-psi", eval_episodes=1, device="cpu"))
     obs, noise = torch.randn(6, 11), torch.randn(10, 6, 3)
     policy = agent.policy
     monkeypatch.setattr(agent, "policy", lambda obs, xi=None: policy(obs, noise[:, : len(obs)] if xi is None else xi))
@@ -210,7 +210,7 @@ def test_s2ac_actions(tmp_path, monkeypatch):
     assert torch.equal(chosen["likely"][2], actions[log_prob[:, 2].argmax(), 2])
     assert torch.equal(chosen["random"], actions[0]) and torch.equal(chosen["sampler"], agent.sample(obs, True))
     torch.testing.assert_close(chosen["mean"].atanh(), actions.atanh().mean(0), atol=1e-3, rtol=1e-3)
-    state = s2ac_actions.visited_states(agent, "Hopper-v4", 1)[0]
+    state = s2ac_actions.visited_states(agent.sample, "Hopper-v4", 1)[0]
     env = s2ac.make_env("Hopper-v4")
     env.reset(), env.unwrapped.set_state(*state[1:])
     next_obs, reward, terminated, *_ = env.step(np.zeros(3, np.float32))
@@ -220,10 +220,13 @@ def test_s2ac_actions(tmp_path, monkeypatch):
     torch.save(
         dict(agent=agent.state_dict(), args=vars(args), algorithm=s2ac.__name__, sizes=(11, 3), run=(7,)), "a.pt"
     )
+    monkeypatch.setattr(s2ac, "load_agent", lambda path: (agent, args))  # with the noise from above
     s2ac_actions.main(s2ac_actions.Args(("a.pt",), tmp_path / "a.csv", states=2, horizon=2))
     rows = read_csv(tmp_path / "a.csv")
-    assert [row["choice"] for row in rows] == [*chosen] and {row["step"] for row in rows} == {"7"}
+    assert [*dict.fromkeys(row["choice"] for row in rows)] == [*chosen] and {row["step"] for row in rows} == {"7"}
+    assert all(row["visited_by"] in ("random", row["choice"]) for row in rows) and len(rows) == 2 * len(chosen) - 1
     assert float(rows[0]["promised"]) == float(rows[0]["realized"]) == 0
+    assert all(float(row["promised"]) >= 0 for row in rows if row["choice"] == "best")
 
 
 def test_value_estimators(tmp_path, monkeypatch):

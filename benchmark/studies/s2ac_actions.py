@@ -11,9 +11,10 @@
     sampler      f(s, 0) of phi-theta-psi
 
 return, std: of ten episodes with this choice in every step. promised: min_i Q_i of the chosen action less that of a
-random particle, mean over states that the random choice visits. realized: the same difference in the discounted soft
-return of rollouts that take the action once and random particles from then on, and its standard error. Where promised
-is more than realized, Q overestimates what the choice picks. For the MuJoCo tasks, whose state can be set.
+random particle, mean over states of the episodes of visited_by: the random choice, or this choice in every step.
+realized: the same difference in the discounted soft return of rollouts that take the action once and random particles
+from then on, and its standard error. Where promised is more than realized, Q overestimates what the choice picks. For
+the MuJoCo tasks, whose state can be set.
 """
 
 import dataclasses
@@ -68,15 +69,15 @@ def episodes(agent: s2ac.S2AC, act: Callable, args: s2ac.Args) -> np.ndarray:
     return returns
 
 
-def visited_states(agent: s2ac.S2AC, env_id: str, n: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """n of (obs, qpos, qvel) from ten episodes of random particles."""
-    env, states = s2ac.make_env(env_id), []
-    for i in range(10):
-        obs, over = env.reset(seed=s2ac.EVAL_SEED + 100 + i)[0], ()
+def visited_states(act: Callable, env_id: str, n: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """n of (obs, qpos, qvel) from the episodes of act, a choice, that make the first 5 n or more."""
+    env, states, seed = s2ac.make_env(env_id), [], s2ac.EVAL_SEED + 100
+    while len(states) < 5 * n:
+        obs, over, seed = env.reset(seed=seed)[0], (), seed + 1
         while not any(over):
             data = env.unwrapped.data
             states.append((obs, data.qpos.copy(), data.qvel.copy()))
-            obs, _, *over, _ = env.step(agent.sample(torch.from_numpy(obs)[None])[0].numpy())
+            obs, _, *over, _ = env.step(act(torch.from_numpy(obs)[None])[0].numpy())
     return [states[i] for i in np.random.randint(len(states), size=n)]
 
 
@@ -103,22 +104,25 @@ def measure(checkpoint: Path, args: Args) -> list[dict]:
     """A row for each choice."""
     agent, trained = s2ac.load_agent(checkpoint)
     torch.manual_seed(args.seed), np.random.seed(args.seed)
-    states, rows, first = visited_states(agent, trained.env_id, args.states) if args.states else [], [], ()
-    obs = torch.from_numpy(np.stack([obs for obs, *_ in states])) if states else None
-    step = torch.load(checkpoint, weights_only=True)["run"][0]
-    for name, act in choices(agent).items():
+    step, found, rows = torch.load(checkpoint, weights_only=True)["run"][0], choices(agent), []
+
+    def measured(obs: torch.Tensor, states: list, act: Callable) -> np.ndarray:  # min Q and the soft return, (2, B)
+        q = agent.q(obs, actions := act(obs)).amin(-1).numpy()
+        return np.stack([q, soft_returns(agent, trained, states, actions.numpy(), args.horizon)])
+
+    for name, act in found.items():
         returns = episodes(agent, act, trained)
         row = dict(env_id=trained.env_id, seed=trained.seed, step=step, choice=name)
         row |= {"return": returns.mean(), "std": returns.std()}
-        if states:
-            q = agent.q(obs, actions := act(obs)).amin(-1).numpy()
-            values = q, soft_returns(agent, trained, states, actions.numpy(), args.horizon)
-            first = first or values  # of the random choice
-            promised, realized = (mine - theirs for mine, theirs in zip(values, first, strict=True))  # (B,) each
-            row |= dict(promised=promised.mean(), realized=realized.mean())
-            row |= dict(standard_error=realized.std() / len(states) ** 0.5)
-        rows.append({k: round(float(x), 2) if isinstance(x, np.floating) else x for k, x in row.items()})
-        print(rows[-1], flush=True)
+        for visited_by in dict.fromkeys(["random", name]) if args.states else [None]:
+            if visited_by:
+                states = visited_states(found[visited_by], trained.env_id, args.states)
+                obs = torch.from_numpy(np.stack([obs for obs, *_ in states]))
+                promised, realized = measured(obs, states, act) - measured(obs, states, found["random"])  # (B,) each
+                row |= dict(visited_by=visited_by, promised=promised.mean(), realized=realized.mean())
+                row |= dict(standard_error=realized.std() / len(states) ** 0.5)
+            rows.append({k: round(float(x), 2) if isinstance(x, np.floating) else x for k, x in row.items()})
+            print(rows[-1], flush=True)
     return rows
 
 
