@@ -214,18 +214,20 @@ def test_s2ac_actions(tmp_path, monkeypatch):
     env = s2ac.make_env("Hopper-v4")
     env.reset(), env.unwrapped.set_state(*state[1:])
     next_obs, reward, terminated, *_ = env.step(np.zeros(3, np.float32))
-    soft = s2ac_actions.soft_returns(agent, args, [state], np.zeros((1, 3), np.float32), 1)
-    entropy_term = -args.gamma * args.alpha * agent.policy(torch.from_numpy(next_obs)[None])[1][0].item()
-    assert soft[0] == pytest.approx(reward + (not terminated) * entropy_term, abs=1e-4)
+    zero, next_obs = torch.zeros(1, 3), torch.from_numpy(next_obs)[None]
+    particles, log_prob = agent.policy(next_obs)
+    v = np.mean([agent.q(next_obs, a).min().item() - args.alpha * x.item() for a, x in zip(particles, log_prob)])
+    expected = reward + args.gamma * (not terminated) * v - agent.q(torch.from_numpy(state[0])[None], zero).min().item()
+    assert s2ac_actions.bellman_errors(agent, args, [state], zero)[0] == pytest.approx(expected, abs=1e-4)
     torch.save(
         dict(agent=agent.state_dict(), args=vars(args), algorithm=s2ac.__name__, sizes=(11, 3), run=(7,)), "a.pt"
     )
     monkeypatch.setattr(s2ac, "load_agent", lambda path: (agent, args))  # with the noise from above
-    s2ac_actions.main(s2ac_actions.Args(("a.pt",), tmp_path / "a.csv", states=2, horizon=2))
+    s2ac_actions.main(s2ac_actions.Args(("a.pt",), tmp_path / "a.csv", states=2))
     rows = read_csv(tmp_path / "a.csv")
     assert [*dict.fromkeys(row["choice"] for row in rows)] == [*chosen] and {row["step"] for row in rows} == {"7"}
     assert all(row["visited_by"] in ("random", row["choice"]) for row in rows) and len(rows) == 2 * len(chosen) - 1
-    assert float(rows[0]["promised"]) == float(rows[0]["realized"]) == 0
+    assert float(rows[0]["promised"]) == 0 and rows[0]["bellman"] == rows[0]["bellman_random"] != ""
     assert all(float(row["promised"]) >= 0 for row in rows if row["choice"] == "best")
 
 

@@ -10,11 +10,15 @@
     fixed        as best, of the same draws in every state
     sampler      f(s, 0) of phi-theta-psi
 
-return, std: of ten episodes with this choice in every step. promised: min_i Q_i of the chosen action less that of a
-random particle, mean over states of the episodes of visited_by: the random choice, or this choice in every step.
-realized: the same difference in the discounted soft return of rollouts that take the action once and random particles
-from then on, and its standard error. Where promised is more than realized, Q overestimates what the choice picks. For
-the MuJoCo tasks, whose state can be set.
+return, std: of ten episodes with this choice in every step. The rest is measured in states of the episodes of
+visited_by, either the random choice in every step, or this one:
+
+    promised     min_i Q_i(s,a) of the choice less that of a random particle, mean over the states
+    bellman      r + gamma (1 - d) V(s') - min_i Q_i(s,a), V of the particles at s' as in the target, mean over the
+                 states: below 0 Q promises more than the step keeps; standard_error is its own, bellman_random that of
+                 a random particle in the same states
+
+For the MuJoCo tasks, whose state can be set.
 """
 
 import dataclasses
@@ -33,9 +37,8 @@ from benchmark import facts, markdown, write_csv
 class Args:
     checkpoints: tyro.conf.Positional[tuple[Path, ...]]  # of runs of S2AC
     csv: Path = Path("runs/s2ac_actions.csv")  # table to write
-    states: int = 200  # states from which each choice is tried once; 0: returns only
-    horizon: int = 200  # steps of a rollout, 0.99^200 = 0.13
-    seed: int = 0  # seed of states and rollouts
+    states: int = 1_000  # states in which each choice is tried once; 0: returns only
+    seed: int = 0  # seed of the states
 
 
 def choices(agent: s2ac.S2AC) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
@@ -81,22 +84,18 @@ def visited_states(act: Callable, env_id: str, n: int) -> list[tuple[np.ndarray,
     return [states[i] for i in np.random.randint(len(states), size=n)]
 
 
-def soft_returns(agent: s2ac.S2AC, args: s2ac.Args, states: list, actions: np.ndarray, horizon: int) -> np.ndarray:
-    """r_0 + sum_t gamma^t (r_t - alpha log pi) of rollouts that begin with `actions` (B, D) in the states: (B,)."""
-    envs, total, alive = [s2ac.make_env(args.env_id) for _ in states], np.zeros(len(states)), np.ones(len(states), bool)
-    obs = np.stack([obs for obs, *_ in states])
-    for env, (_, qpos, qvel) in zip(envs, states, strict=True):
+def bellman_errors(agent: s2ac.S2AC, args: s2ac.Args, states: list, actions: torch.Tensor) -> np.ndarray:
+    """r + gamma (1 - d) V(s') - min_i Q_i(s,a) of one step with actions (B, D) in each of the states, (B,)."""
+    env, steps = s2ac.make_env(args.env_id), []
+    for (_, qpos, qvel), action in zip(states, actions.numpy(), strict=True):
         env.reset()
         env.unwrapped.set_state(qpos, qvel)
-    for t in range(horizon):
-        for i in np.flatnonzero(alive):
-            obs[i], reward, terminated, _, _ = envs[i].step(actions[i])
-            total[i] += args.gamma**t * reward
-            alive[i] = not terminated
-        drawn, log_prob = agent.policy(torch.from_numpy(obs))
-        actions = drawn[0].numpy()
-        total += alive * args.gamma ** (t + 1) * -args.alpha * log_prob[0].numpy()
-    return total
+        steps.append(env.step(action)[:3])
+    next_obs, rewards, terminations = (torch.from_numpy(np.stack(x)) for x in zip(*steps, strict=True))
+    drawn, log_prob = agent.policy(next_obs)  # (m, B, D), (m, B)
+    v = (agent.q(next_obs.expand(len(drawn), -1, -1), drawn).amin(-1) - args.alpha * log_prob).mean(0)
+    obs = torch.from_numpy(np.stack([obs for obs, *_ in states]))
+    return (rewards + args.gamma * ~terminations * v - agent.q(obs, actions).amin(-1)).numpy()
 
 
 @torch.no_grad()
@@ -105,11 +104,6 @@ def measure(checkpoint: Path, args: Args) -> list[dict]:
     agent, trained = s2ac.load_agent(checkpoint)
     torch.manual_seed(args.seed), np.random.seed(args.seed)
     step, found, rows = torch.load(checkpoint, weights_only=True)["run"][0], choices(agent), []
-
-    def measured(obs: torch.Tensor, states: list, act: Callable) -> np.ndarray:  # min Q and the soft return, (2, B)
-        q = agent.q(obs, actions := act(obs)).amin(-1).numpy()
-        return np.stack([q, soft_returns(agent, trained, states, actions.numpy(), args.horizon)])
-
     for name, act in found.items():
         returns = episodes(agent, act, trained)
         row = dict(env_id=trained.env_id, seed=trained.seed, step=step, choice=name)
@@ -118,10 +112,12 @@ def measure(checkpoint: Path, args: Args) -> list[dict]:
             if visited_by:
                 states = visited_states(found[visited_by], trained.env_id, args.states)
                 obs = torch.from_numpy(np.stack([obs for obs, *_ in states]))
-                promised, realized = measured(obs, states, act) - measured(obs, states, found["random"])  # (B,) each
-                row |= dict(visited_by=visited_by, promised=promised.mean(), realized=realized.mean())
-                row |= dict(standard_error=realized.std() / len(states) ** 0.5)
-            rows.append({k: round(float(x), 2) if isinstance(x, np.floating) else x for k, x in row.items()})
+                actions, other = act(obs), found["random"](obs)
+                promised = (agent.q(obs, actions).amin(-1) - agent.q(obs, other).amin(-1)).mean().item()
+                errors, others = (bellman_errors(agent, trained, states, x) for x in (actions, other))
+                row |= dict(visited_by=visited_by, promised=promised, bellman=errors.mean())
+                row |= dict(standard_error=errors.std() / len(states) ** 0.5, bellman_random=others.mean())
+            rows.append({k: round(float(x), 2) if isinstance(x, float | np.floating) else x for k, x in row.items()})
             print(rows[-1], flush=True)
     return rows
 
