@@ -216,7 +216,7 @@ def test_s2ac_actions(tmp_path, monkeypatch):
     next_obs, reward, terminated, *_ = env.step(np.zeros(3, np.float32))
     zero, next_obs = torch.zeros(1, 3), torch.from_numpy(next_obs)[None]
     particles, log_prob = agent.policy(next_obs)
-    v = np.mean([agent.q(next_obs, a).min().item() - args.alpha * x.item() for a, x in zip(particles, log_prob)])
+    v = np.mean([agent.q(next_obs, particles[i]).min() - args.alpha * log_prob[i] for i in range(args.svgd_particles)])
     expected = reward + args.gamma * (not terminated) * v - agent.q(torch.from_numpy(state[0])[None], zero).min().item()
     assert s2ac_actions.bellman_errors(agent, args, [state], zero)[0] == pytest.approx(expected, abs=1e-4)
     torch.save(
