@@ -123,8 +123,8 @@ def tables() -> dict[str, str]:
     rows = read("entropy", varied=["grid"], target=["paper"], particles=["200"])
     found["entropy_steps"] = table(rows, "steps exact", "estimate:2 spread:2 particles_entropy:2")
     found["s2ac_actions"] = table(read("s2ac_actions"), "step", "return:0", "choice")
-    rows = read("s2ac_promises")
-    found["s2ac_promises"] = table(rows, "seed step choice", "return:0 promised:2 realized:2 standard_error:2")
+    rows, cells = read("s2ac_bellman"), "return:0 promised:2 bellman:2 standard_error:2 bellman_random:2"
+    found["s2ac_bellman"] = table(rows, "step choice visited_by", cells)
     rows = read("beyond")
     rows["trial"] = rows["command"].str.extract(r"--exp-name (\S+)", expand=False)
     rows["flags"] = rows["command"].str.partition("--eval-frequency 10000 ")[2]
