@@ -11,18 +11,19 @@ from the computed Q* and pi* on the same grid of actions. Columns besides:
               in spikes narrower than a cell or, of a flow through tanh, at |a| = 1
     q_rmse    RMSE of Q against Q* over the action grid, each less its mean there; the mean over the map's states
     q_maxima  local maxima of Q on the action grid: cells that none within 4 cells, the step of the grid on which V* is
-              interpolated, exceeds; the mean over the states
+              interpolated, exceeds, a plateau counted once; the mean over the states
     entropy   of pi in nats, by the histogram, log 4 if uniform; the mean over the grid of 15 x 15 positions
     hits      with the wall put up and 30 steps: the rollouts that hit it, and of these reached_after_hit
 
-Prints a table. --png draws V and 20 trajectories of each algorithm's first seed beside the optimum's, and beside that
-page NAME-entropy.png, NAME-landscapes.png (Q at the map's states, its maxima dotted), NAME-wall.png and NAME-start.png
-(mean |mu(s)| and sigma(s) of S2AC's q^0 in training). What is drawn lies in a folder beside the CSV, of its name; a
-run whose arrays lack a page is not on it. Runs that are in the CSV are not measured again.
+Prints a table. --png NAME.png draws five pages of each map, NAME-MAP.png with V and 20 trajectories of each algorithm's
+first seed beside the optimum's, NAME-MAP-entropy.png, -landscapes.png (Q at the map's states, its maxima dotted),
+-wall.png and -start.png (mean |mu(s)| and sigma(s) of S2AC's q^0 in training). What is drawn lies in a folder beside
+the CSV, of its name; a run whose arrays lack a page is not on it. Runs that are in the CSV are not measured again.
 """
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 import shlex
@@ -141,9 +142,14 @@ def q_error(q: np.ndarray, optimal: np.ndarray) -> float:
 
 
 def maxima(q: np.ndarray) -> np.ndarray:
-    """Where q (N, A * A) has a local maximum on the action grid, (N, A, A): no cell within 4 on each axis is above."""
+    """Where q (N, A * A) has a local maximum on the action grid, (N, A, A): no cell within 4 on each axis is above.
+    Of a plateau, where all units of a net with ReLU are off, the first cell alone."""
     q = q.reshape(len(q), round(q.shape[-1] ** 0.5), -1)
-    return q == scipy.ndimage.maximum_filter(q, (1, 9, 9), mode="nearest")
+    alone = [[[0] * 3] * 3, [[1] * 3] * 3, [[0] * 3] * 3]  # neighbours of a cell: those of the same state
+    plateaus, _ = scipy.ndimage.label(q == scipy.ndimage.maximum_filter(q, (1, 9, 9), mode="nearest"), alone)
+    peaks, (names, first) = np.zeros(q.shape, bool), np.unique(plateaus, return_index=True)
+    peaks.flat[first[names > 0]] = True
+    return peaks
 
 
 def joined(paths: Iterable[np.ndarray]) -> np.ndarray:
@@ -198,24 +204,24 @@ PAGES = {  # what a page's name ends in: the array that it shows, the numbers un
 
 
 def draw(args: Args, rows: pd.DataFrame) -> None:
-    """The pages: a row of panels for each map and temperature, a column for the optimum and each algorithm."""
+    """The pages: a row of panels for each temperature, a column for the optimum and each algorithm."""
     found = [(row, saved(args.csv, row)) for row in rows.to_dict("records")]
     found = [(row, np.load(file)) for row, file in found if file.is_file()]
-    for suffix, (key, numbers, size) in PAGES.items():
-        shown = {}  # (map, alpha, gamma) -> algorithm -> row and arrays of the first seed
+    for env_id, (suffix, (key, numbers, size)) in itertools.product(dict.fromkeys(rows["env_id"]), PAGES.items()):
+        shown = {}  # (alpha, gamma) -> algorithm -> row and arrays of the first seed
         for row, arrays in found:
-            if key in arrays:
-                cell = shown.setdefault((row["env_id"], row["alpha"], row["gamma"]), {})
+            if key in arrays and row["env_id"] == env_id:
+                cell = shown.setdefault((row["alpha"], row["gamma"]), {})
                 cell.setdefault(row["algorithm"], (row, arrays))
         shown = {cell: shown[cell] for cell in sorted(shown) if {*shown[cell]} != {"optimum"}}
         columns = [x for x in dict.fromkeys(["optimum", *rows["algorithm"]]) if any(x in own for own in shown.values())]
         if not shown:
             continue
         figure, axes = panels(len(shown), len(columns), size=size, sharex=True, sharey=True)
-        for line, ((env_id, alpha, _), own) in zip(axes, shown.items(), strict=True):
-            scale, image = own if key == "entropy" or "optimum" not in own else ["optimum"], None
+        for line, ((alpha, _), own) in zip(axes, shown.items(), strict=True):
+            scale, image = ["optimum"] if "optimum" in own else own, None
             values = np.concatenate([own[name][1][key].ravel() for name in scale]).astype(float)
-            line[0].set_ylabel(f"{env_id.partition(':')[2]}, alpha {alpha:g}", fontsize=6)
+            line[0].set_ylabel(f"alpha {alpha:g}", fontsize=6)
             for ax, name in zip(line, columns, strict=True):
                 if name not in own:
                     ax.set_visible(ax is line[0])  # which has the label
@@ -225,7 +231,7 @@ def draw(args: Args, rows: pd.DataFrame) -> None:
                 ax.tick_params(labelsize=5)
             if image:
                 figure.colorbar(image, ax=[*line], fraction=0.03, pad=0.01).ax.tick_params(labelsize=5)
-        save_picture(figure, args.png.with_stem(args.png.stem + suffix))
+        save_picture(figure, args.png.with_stem(f"{args.png.stem}-{env_id.partition(':')[2]}{suffix}"))
 
 
 def paint(ax, key: str, arrays: Mapping[str, np.ndarray], env_id: str, **limits: float):
