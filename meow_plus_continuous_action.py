@@ -85,6 +85,10 @@ class Args:
     autotune: bool = False  # tune alpha to the entropy of z
     target_entropy: float = 1.0  # minus the entropy of z by dimension, for autotune
     layer_norm: bool = True  # LayerNorm in the sigma net and the shift nets
+    flows: int = 1  # independent flows; the target is the least V of all, the first acts
+    floor: float = 0.0  # kappa: no error below V - kappa alpha
+    floor_rms: float = 0.0  # no error below V - c sqrt(loss)
+    gate_y: bool = True  # the floor looks at y too
     obs_norm: Literal["none", "symlog", "running"] = "running"  # of the observations
 
 
@@ -95,7 +99,7 @@ PRESETS = {f"{task}-v4": dict(total_timesteps=int(n * 1e6)) for task, n in STEPS
 PRESETS["multigoal:MultiGoal-v0"] = GOAL_MAP | dict(alpha=2.5)
 PRESETS["multigoal:MultiGoalAsymmetric-v0"] = GOAL_MAP | dict(alpha=10.0, gamma=0.8)
 LIMITS = dict(gamma=(0, 1), tau=(0, 1), seed=(0, 2**31), learning_starts=(1, 1e12), log_sigma_min=(-20, 10))
-LIMITS |= dict(log_sigma_max=(-20, 10), dropout=(0, 0.99))  # every other number must be above 0
+LIMITS |= dict(log_sigma_max=(-20, 10), dropout=(0, 0.99), floor=(0, 1e9), floor_rms=(0, 1e9))  # every other number must be above 0
 EVAL_SEED = 10_000  # evaluation episodes start from seeds 10000, 10001, ..., whatever --seed is
 Batch = collections.namedtuple("Batch", "obs actions rewards next_obs terminations")  # (B, O), D, 1, O, 1
 MAY_CHANGE = ("resume", "device", "compile", "total_timesteps", "checkpoint_frequency", "capture_video", "track")
@@ -268,6 +272,55 @@ class SoftValue(nn.Module):
         return alpha * (self.log_normalizer + self.log_sigma(obs).sum(-1, keepdim=True)) + b
 
 
+class Values(nn.ModuleList):
+    def forward(self, obs):
+        return torch.cat([x(obs) for x in self], -1)
+
+
+class Twins(nn.Module):
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        flows = [MEow(obs_dim, action_dim, args) for _ in range(args.flows)]
+        self.args, self.action_dim, self.k = args, action_dim, args.flows
+        self.couplings = nn.ModuleList([f.couplings for f in flows])
+        self.value = Values([f.value for f in flows])
+        self.__dict__["flows"] = flows
+        self.register_buffer("rms", torch.zeros(()))
+        for name, x in list(flows[0].named_buffers(recurse=False)):
+            self.register_buffer(name, x)
+            for f in flows:
+                f._buffers[name] = x
+
+    def update_norm(self, obs):
+        self.flows[0].update_norm(obs)
+
+    def norm(self, obs):
+        return self.flows[0].norm(obs)
+
+    def sample(self, obs, deterministic=False):
+        actions = [f.sample(obs, deterministic) for f in (self.flows[:1] if deterministic else self.flows)]
+        if len(actions) == 1:
+            return actions[0]
+        pick = torch.randint(len(actions), (len(obs), 1), device=obs.device)
+        return torch.where(pick == 0, actions[0], actions[1])
+
+    def q(self, obs, action, keep=None):
+        return torch.cat([f.q(obs, action, keep) for f in self.flows], -1)
+
+    forward = q
+
+    def v(self, obs):
+        return torch.cat([f.v(obs) for f in self.flows], -1)
+
+    def log_prob(self, obs, action):
+        return self.flows[0].log_prob(obs, action)
+
+    def policy_metrics(self, obs):
+        out = self.flows[0].policy_metrics(obs)
+        v = self.v(obs)
+        return out | dict(v_spread=(v.amax(-1) - v.amin(-1)).mean(), v=v.mean())
+
+
 class MEow(nn.Module):
     """Policy, soft Q-functions and soft values of one flow. Observations (B, O), actions (B, D) in [-1, 1]."""
 
@@ -353,8 +406,8 @@ class MEow(nn.Module):
         return dict(alpha=alpha, log_eps=eps, entropy=-self.log_prob(obs, action).mean(), log_sigma=log_sigma, actions_clamped=clamped)
 
 
-Agent = MEow  # its name in what the scripts share
-METRICS = ("qf_loss", "qf1_loss", "qf2_loss", "qf1_values", "qf2_values", "target_values", "grad_norm")
+Agent = Twins  # its name in what the scripts share
+METRICS = ("qf_loss", "qf1_loss", "qf2_loss", "qf1_values", "qf2_values", "target_values", "floored", "rms", "grad_norm")
 
 
 def concatenate(tensors) -> torch.Tensor:
@@ -424,12 +477,18 @@ def make_update(agent: MEow, buffer: ReplayBuffer, args: Args):
         bits = torch.cat([bits, bits << 16], -1)  # a unit takes the upper 16 of each: (4, 2, B, 64)
         keep = (bits >= (round(args.dropout * 2**16) << 16) - 2**31).to(y) / (1 - args.dropout)
 
+        v = agent.v(batch.obs)
+        floor = v - (args.floor * args.alpha + args.floor_rms * agent.rms if args.floor + args.floor_rms else 1e9)
+
         def loss(params: dict[str, torch.Tensor]):
             q = functional_call(agent, params, (batch.obs, batch.actions, keep))  # (B, 2)
-            qf_loss = (q - y).square().mean(0)  # (2,)
-            entropy = 2 * agent.action_dim + agent.value.log_sigma(agent.norm(batch.obs)).sum(-1).mean().detach()
-            tune = args.autotune * params["value.log_alpha"] * (entropy + args.target_entropy * agent.action_dim)
-            return qf_loss.mean() + tune, torch.cat([qf_loss.mean()[None], qf_loss, q.mean(0), y.mean()[None]])
+            off = (q < floor) & (y < floor) if args.gate_y else q < floor
+            error = torch.where(off, 0.0, q - torch.maximum(y.expand_as(q), floor))
+            qf_loss = error.square().mean(0)  # (2,)
+            floored = off.to(q).mean()
+            rms = (qf_loss.mean() / (1 - floored + 1e-3)).sqrt()
+            extra = torch.stack([y.mean(), floored, rms])
+            return qf_loss.mean(), torch.cat([qf_loss.mean()[None], qf_loss[:2], q.mean(0)[:2], extra])
 
         grads, values = torch.func.grad(loss, has_aux=True)(unflatten(params, agent))
         grad = concatenate(grads.values())  # (P,)
@@ -445,6 +504,7 @@ def make_update(agent: MEow, buffer: ReplayBuffer, args: Args):
         params.grad, values = gradient(params, target_params, batch, bits.view(torch.int32))
         optimizer.step()
         target_params.lerp_(value_params, args.tau)  # V' <- V' + tau (V - V')
+        agent.rms.lerp_(values[7], (1 / agent.batches.clamp(min=1)).clamp(min=1e-3))
         metrics.copy_(values)
 
     return update, metrics, dict(agent=agent, target=target, optimizer=optimizer)
