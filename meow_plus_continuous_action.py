@@ -89,6 +89,7 @@ class Args:
     floor: float = 0.0  # kappa: no error below V - kappa alpha
     floor_rms: float = 0.0  # no error below V - c sqrt(loss)
     gate_y: bool = True  # the floor looks at y too
+    one_sided: bool = False  # no error where Q < y < floor alone: below the floor Q may be less than y, not more
     obs_norm: Literal["none", "symlog", "running"] = "running"  # of the observations
 
 
@@ -483,7 +484,10 @@ def make_update(agent: MEow, buffer: ReplayBuffer, args: Args):
         def loss(params: dict[str, torch.Tensor]):
             q = functional_call(agent, params, (batch.obs, batch.actions, keep))  # (B, 2)
             off = (q < floor) & (y < floor) if args.gate_y else q < floor
-            error = torch.where(off, 0.0, q - torch.maximum(y.expand_as(q), floor))
+            error = q - torch.maximum(y.expand_as(q), floor)
+            if args.one_sided:
+                off, error = (q < y) & (y < floor), q - y
+            error = torch.where(off, 0.0, error)
             qf_loss = error.square().mean(0)  # (2,)
             floored = off.to(q).mean()
             rms = (qf_loss.mean() / (1 - floored + 1e-3)).sqrt()
