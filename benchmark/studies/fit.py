@@ -16,6 +16,7 @@ its policy, Q^(s, a) from the replayed action, V^(s) from an own one (`own`) les
     entropy, log_sigma      of the policy, nats; mean of log sigma(s) by dimension of the action
 """
 
+import copy
 import dataclasses
 import importlib
 import json
@@ -69,7 +70,7 @@ def measure(run: Path, args: Args) -> list[dict]:
     checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
     script = importlib.import_module(checkpoint["algorithm"])
     agent, trained = script.load_agent(run / "checkpoint.pt")
-    target = script.SoftValue(*checkpoint["sizes"], trained)
+    target = copy.deepcopy(agent.value)
     target.load_state_dict(checkpoint["target"])
     norm = getattr(agent, "norm", lambda obs: obs)
     step = checkpoint["run"][0]
@@ -102,7 +103,7 @@ def measure(run: Path, args: Args) -> list[dict]:
         row |= dict(rare=(log_prob < -20).float().mean().item())
         row |= dict(log_pi_median=log_prob.median().item())
         row |= dict(entropy=agent.policy_metrics(batch.obs)["entropy"].item())
-        sigma = agent.value.log_sigma(norm(batch.obs)).mean(0)
+        sigma = agent.flows[0].value.log_sigma(norm(batch.obs)).mean(0)
         row |= dict(log_sigma=" ".join(f"{x:.2f}" for x in sigma.tolist()))
         row = {k: float(f"{x:.4g}") if isinstance(x, (float, np.floating)) else x for k, x in row.items()}
         print(row, flush=True)
