@@ -153,6 +153,9 @@ def tables() -> dict[str, str]:
     steps = [str(128_000 * k) for k in (1, 2, 4, 8, 12)]
     found["brax_ant"] = table(read("brax_ant", curve=["evaluation"], step=steps), "step", "return:0", "algo")
     shares = " ".join(f"{part}_share:2" for part in ("policy", "simulator", "buffer", "update"))
+    rows = read("brax_others", curve=["evaluation"], step=[str(128_000 * k) for k in range(1, 7)])
+    rows = rows[rows["command"].str.contains("gamma 0.997 (?!--alpha 0.02)")]
+    found["brax_stand"] = table(rows, "env_id algo step", "return:0 length:0")
     found["brax_rates"] = table(read("brax_rates"), "algo num_envs", f"steps_per_s:0 updates_per_s:1 {shares}")
     return found | {"speed_h200": table(read("speed_h200", num_seeds=one), "implementation", timing)}
 
