@@ -122,7 +122,7 @@ def tables() -> dict[str, str]:
     found["samplers"] = table(rows, "sampler exact", "estimate:2 spread:2 particles_entropy:2")
     rows = read("entropy", varied=["grid"], target=["paper"], particles=["200"])
     found["entropy_steps"] = table(rows, "steps exact", "estimate:2 spread:2 particles_entropy:2")
-    found["s2ac_actions"] = table(read("s2ac_actions"), "step", "return:0", "choice")
+    found["s2ac_actions"] = table(read("s2ac_actions"), "seed step", "return:0", "choice")
     rows, cells = read("s2ac_bellman"), "return:0 promised:2 bellman:2 standard_error:2 bellman_random:2"
     found["s2ac_bellman"] = table(rows, "step choice visited_by", cells)
     rows = read("beyond")
