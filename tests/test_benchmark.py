@@ -197,7 +197,7 @@ def test_entropy_study(tmp_path, monkeypatch):
 
 @torch.no_grad()
 def test_s2ac_actions(tmp_path, monkeypatch):
-    """Each choice is what it says, and a rollout of one step gives the task's own reward and the entropy after it."""
+    """Each choice is what it says, and the Bellman error has the task's own reward and the particles' mean after it."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     agent = s2ac.S2AC(11, 3, args := s2ac.Args("Hopper-v4", variant="phi-theta-psi", eval_episodes=1, device="cpu"))

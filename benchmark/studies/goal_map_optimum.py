@@ -143,7 +143,7 @@ def q_error(q: np.ndarray, optimal: np.ndarray) -> float:
 
 def maxima(q: np.ndarray) -> np.ndarray:
     """Where q (N, A * A) has a local maximum on the action grid, (N, A, A): no cell within 4 on each axis is above.
-    Of a plateau, where all units of a net with ReLU are off, the first cell alone."""
+    Of a plateau, which a net with ReLU can have, the first cell alone."""
     q = q.reshape(len(q), round(q.shape[-1] ** 0.5), -1)
     alone = [[[0] * 3] * 3, [[1] * 3] * 3, [[0] * 3] * 3]  # neighbours of a cell: those of the same state
     plateaus, _ = scipy.ndimage.label(q == scipy.ndimage.maximum_filter(q, (1, 9, 9), mode="nearest"), alone)

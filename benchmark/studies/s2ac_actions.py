@@ -22,6 +22,7 @@ For the MuJoCo tasks, whose state can be set.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,17 +101,18 @@ def bellman_errors(agent: s2ac.S2AC, args: s2ac.Args, states: list, actions: tor
 
 @torch.no_grad()
 def measure(checkpoint: Path, args: Args) -> list[dict]:
-    """A row for each choice."""
+    """Rows of each choice: one for the states of each of visited_by."""
     agent, trained = s2ac.load_agent(checkpoint)
     torch.manual_seed(args.seed), np.random.seed(args.seed)
     step, found, rows = torch.load(checkpoint, weights_only=True)["run"][0], choices(agent), []
+    states_of = functools.cache(lambda name: visited_states(found[name], trained.env_id, args.states))
     for name, act in found.items():
         returns = episodes(agent, act, trained)
         row = dict(env_id=trained.env_id, seed=trained.seed, step=step, choice=name)
         row |= {"return": returns.mean(), "std": returns.std()}
         for visited_by in dict.fromkeys(["random", name]) if args.states else [None]:
             if visited_by:
-                states = visited_states(found[visited_by], trained.env_id, args.states)
+                states = states_of(visited_by)
                 obs = torch.from_numpy(np.stack([obs for obs, *_ in states]))
                 actions, other = act(obs), found["random"](obs)
                 promised = (agent.q(obs, actions).amin(-1) - agent.q(obs, other).amin(-1)).mean().item()
