@@ -389,9 +389,11 @@ def make_update(agent: MEowPlus, buffer: ReplayBuffer, args: Args):
 
         def loss(params: dict[str, torch.Tensor]):
             q, v = functional_call(agent, params, (batch.obs, batch.actions, keep))  # (B, 2) each
-            left_out = torch.maximum(q, y) < v - args.floor * agent.value.alpha
-            qf_loss = torch.where(left_out, 0.0, q - y).square().mean(0)  # (2,)
-            means = y.mean(), left_out.to(y).mean()
+            drop = args.floor * agent.value.alpha  # kappa alpha
+            weight = torch.where(y < v - drop, 0.0, (drop / (q - y).abs()).clamp(max=1))
+            weight = torch.where(q < v - drop, weight, 1.0).detach()  # (B, 2)
+            qf_loss = (weight * (q - y).square()).mean(0)  # (2,)
+            means = y.mean(), (weight == 0).to(y).mean()
             return qf_loss.mean(), torch.stack([qf_loss.mean(), *qf_loss, *q.mean(0), *means])
 
         grads, values = torch.func.grad(loss, has_aux=True)(unflatten(params, agent))
