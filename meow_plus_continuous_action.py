@@ -4,7 +4,7 @@
 
 MEow is of Chao et al., https://arxiv.org/abs/2405.13629 and meow_continuous_action.py; what differs is of this project.
 Q = V + alpha log pi has to fit every replayed action, those that the policy has left, too. How low Q is there does not
-matter to V: the loss (7) leaves them out. B: batch, O: observation, D: action.
+matter to V: the loss (7) leaves out those that are no better than that. B: batch, O: observation, D: action.
 
     (1)  u = z / sigma(s),  z = couplings(atanh a),  u ~ N(0, I)                MEowPlus.energy
     (2)  Q_i(s,a) = alpha [-|u|^2 / 2 - sum log(1 - a^2)] + b_i(s)              MEowPlus.q
@@ -12,7 +12,8 @@ matter to V: the loss (7) leaves them out. B: batch, O: observation, D: action.
     (4)  log pi(a|s) = (Q_i(s,a) - V_i(s)) / alpha,  the same for i = 1, 2      MEowPlus.log_prob
     (5)  a = tanh(couplings^-1(sigma(s) u)),  u ~ N(0, I), or u = 0             MEowPlus.sample
     (6)  y = r + gamma (1 - d) min_i V_i'(s')                                   make_update
-    (7)  L = mean e_i^2,  e_i = 0 if Q_i and y are both below V_i - kappa alpha, else Q_i - y
+    (7)  L = mean w_i (Q_i(s,a) - y)^2,  w_i = 1 where log pi(a|s) >= -kappa; elsewhere
+         w_i = 0 if y < V_i(s) - kappa alpha, else min(1, kappa alpha / |Q_i(s,a) - y|)
 
 The nets of s have LayerNorm. Observations are standardized; alpha is a multiple of the rewards' standard deviation.
 """
@@ -71,7 +72,7 @@ class Args:
     checkpoint_frequency: int = 10_000  # steps between checkpoints
     # MEow's own
     alpha: float = 0.1  # temperature, the weight of the entropy, in standard deviations of the rewards
-    floor: float = 30.0  # kappa: the loss leaves out actions with log pi < -kappa that are as bad as that
+    floor: float = 30.0  # kappa: actions with log pi < -kappa count less in the loss, or not at all
     learning_rate: float = 1e-3  # Adam's step size
     max_grad_norm: float = 30.0  # the gradient is clipped to this norm
     log_sigma_min: float = -5.0  # lower bound of log sigma(s)
@@ -79,7 +80,8 @@ class Args:
     dropout: float = 0.1  # in the coupling nets, in the loss only
 
 
-PRESETS = {}  # one setting for every task
+STEPS = {"Hopper": 1.5, "HalfCheetah": 1.5, "Walker2d": 4, "Ant": 4, "Humanoid": 5}  # millions, as in MEow's paper
+PRESETS = {f"{task}-v4": dict(total_timesteps=int(n * 1e6)) for task, n in STEPS.items()}  # or -v5
 LIMITS = dict(gamma=(0, 1), tau=(0, 1), seed=(0, 2**31), learning_starts=(1, 1e12), log_sigma_min=(-20, 10))
 LIMITS |= dict(log_sigma_max=(-20, 10), dropout=(0, 0.99))  # every other number must be above 0
 EVAL_SEED = 10_000  # evaluation episodes start from seeds 10000, 10001, ..., whatever --seed is
