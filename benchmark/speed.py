@@ -30,8 +30,8 @@ import tyro
 
 from benchmark import facts, table, write_csv
 
-SCRIPTS = {"MEow": "meow", "MEow mixture": "meow_mixture", "SAC": "sac", "SAC-NF": "sac_nf", "SQL": "sql"}
-SCRIPTS |= {"S2AC": "s2ac"}
+SCRIPTS = {"MEow": "meow", "MEow+": "meow_plus", "MEow mixture": "meow_mixture", "SAC": "sac", "SAC-NF": "sac_nf"}
+SCRIPTS |= {"SQL": "sql", "S2AC": "s2ac"}
 LIBRARIES = {"SB3 SAC": ("stable_baselines3", "eager"), "SBX SAC": ("sbx", "compiled")}
 PARTS = ("update_ms", "act_ms", "evaluation_ms", "loop_sps")
 SIZES = ("batch_size", "num_envs", "processes")
