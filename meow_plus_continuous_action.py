@@ -89,6 +89,7 @@ class Args:
     floor: float = 0.0  # kappa: no error below V - kappa alpha
     floor_rms: float = 0.0  # no error below V - c sqrt(loss)
     gate_y: bool = True  # the floor looks at y too
+    floor_weight: float = -1.0  # weight of the errors of which Q and y are both below the floor; all others are whole
     one_sided: bool = False  # no error where Q < y < floor alone: below the floor Q may be less than y, not more
     obs_norm: Literal["none", "symlog", "running"] = "running"  # of the observations
 
@@ -100,7 +101,7 @@ PRESETS = {f"{task}-v4": dict(total_timesteps=int(n * 1e6)) for task, n in STEPS
 PRESETS["multigoal:MultiGoal-v0"] = GOAL_MAP | dict(alpha=2.5)
 PRESETS["multigoal:MultiGoalAsymmetric-v0"] = GOAL_MAP | dict(alpha=10.0, gamma=0.8)
 LIMITS = dict(gamma=(0, 1), tau=(0, 1), seed=(0, 2**31), learning_starts=(1, 1e12), log_sigma_min=(-20, 10))
-LIMITS |= dict(log_sigma_max=(-20, 10), dropout=(0, 0.99), floor=(0, 1e9), floor_rms=(0, 1e9))  # every other number must be above 0
+LIMITS |= dict(log_sigma_max=(-20, 10), dropout=(0, 0.99), floor=(0, 1e9), floor_rms=(0, 1e9), floor_weight=(-1, 1))  # every other number must be above 0
 EVAL_SEED = 10_000  # evaluation episodes start from seeds 10000, 10001, ..., whatever --seed is
 Batch = collections.namedtuple("Batch", "obs actions rewards next_obs terminations")  # (B, O), D, 1, O, 1
 MAY_CHANGE = ("resume", "device", "compile", "total_timesteps", "checkpoint_frequency", "capture_video", "track")
@@ -487,7 +488,11 @@ def make_update(agent: MEow, buffer: ReplayBuffer, args: Args):
             error = q - torch.maximum(y.expand_as(q), floor)
             if args.one_sided:
                 off, error = (q < y) & (y < floor), q - y
-            error = torch.where(off, 0.0, error)
+            if args.floor_weight >= 0:
+                off = (q < floor) & (y < floor)
+                error = torch.where(off, math.sqrt(args.floor_weight) * (q - y), q - y)
+            else:
+                error = torch.where(off, 0.0, error)
             qf_loss = error.square().mean(0)  # (2,)
             floored = off.to(q).mean()
             rms = (qf_loss.mean() / (1 - floored + 1e-3)).sqrt()
