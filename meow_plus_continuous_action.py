@@ -84,6 +84,8 @@ class Args:
     reward_units: bool = True  # the shifts are in units of reward, not of alpha
     autotune: bool = False  # tune alpha to the entropy of z
     target_entropy: float = 1.0  # minus the entropy of z by dimension, for autotune
+    coupling_dim: int = 64  # hidden units of the coupling nets, a multiple of 4
+    shift_dim: int = 256  # hidden units of the shift nets
     layer_norm: bool = True  # LayerNorm in the sigma net and the shift nets
     flows: int = 1  # independent flows; the target is the least V of all, the first acts
     floor: float = 0.0  # kappa: no error below V - kappa alpha
@@ -231,10 +233,10 @@ class MLP(nn.Module):
 class Coupling(nn.Module):
     """Additive coupling layer: z <- z + (1 - b) t, where t = net(b z, obs). Its log-determinant is 0."""
 
-    def __init__(self, obs_dim: int, action_dim: int, mask: torch.Tensor):
+    def __init__(self, obs_dim: int, action_dim: int, mask: torch.Tensor, hidden_dim: int):
         super().__init__()
         self.register_buffer("mask", mask)  # (D,), b: 1 for what passes unchanged and conditions the rest
-        self.net = MLP(action_dim + obs_dim, 64, action_dim, norm=True)
+        self.net = MLP(action_dim + obs_dim, hidden_dim, action_dim, norm=True)
 
     def shift(self, z: torch.Tensor, obs: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         """(1 - b) t, (B, D)."""
@@ -249,9 +251,9 @@ class SoftValue(nn.Module):
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha)), requires_grad=args.autotune)
         self.units, self.low, self.high = args.reward_units, args.log_sigma_min, args.log_sigma_max
         self.log_normalizer = 0.5 * action_dim * math.log(2 * math.pi) if args.prior == "normal" else 0.0
-        self.sigma_net = MLP(obs_dim, 64, action_dim + args.uniform, args.layer_norm, True)
+        self.sigma_net = MLP(obs_dim, args.coupling_dim, action_dim + args.uniform, args.layer_norm, True)
         self.action_dim, self.uniform = action_dim, args.uniform
-        self.shift_nets = nn.ModuleList([MLP(obs_dim, 256, 1, args.layer_norm, True) for _ in range(2)])
+        self.shift_nets = nn.ModuleList([MLP(obs_dim, args.shift_dim, 1, args.layer_norm, True) for _ in range(2)])
 
     def log_sigma(self, obs: torch.Tensor) -> torch.Tensor:
         """log sigma(s), (B, D), in [log_sigma_min, log_sigma_max]."""
@@ -333,7 +335,7 @@ class MEow(nn.Module):
             self.register_buffer(name, torch.full((obs_dim,), value))
         self.register_buffer("batches", torch.zeros(()))
         b = (torch.arange(action_dim) + 1) % 2 * 1.0  # 1, 0, 1, 0, ...
-        self.couplings = nn.ModuleList([Coupling(obs_dim, action_dim, mask) for mask in (b, 1 - b, b, 1 - b)])
+        self.couplings = nn.ModuleList([Coupling(obs_dim, action_dim, mask, args.coupling_dim) for mask in (b, 1 - b, b, 1 - b)])
         self.value = SoftValue(obs_dim, action_dim, args)
 
     def update_norm(self, obs: torch.Tensor) -> None:
@@ -509,7 +511,7 @@ def make_update(agent: MEow, buffer: ReplayBuffer, args: Args):
         batch = buffer.sample(args.batch_size)
         if args.obs_norm == "running":
             agent.update_norm(batch.obs)
-        bits = torch.empty(4, 2, args.batch_size, 16, dtype=torch.int64, device=device).random_(-(2**63), None)
+        bits = torch.empty(4, 2, args.batch_size, args.coupling_dim // 4, dtype=torch.int64, device=device).random_(-(2**63), None)
         params.grad, values = gradient(params, target_params, batch, bits.view(torch.int32))
         optimizer.step()
         target_params.lerp_(value_params, args.tau)  # V' <- V' + tau (V - V')
