@@ -82,6 +82,7 @@ class Args:
     prior: Literal["normal", "logistic"] = "logistic"  # of u; tanh of sigma u, sigma = 1/2, is uniform for a logistic
     uniform: bool = False  # mix the flow with a uniform density of learned weight eps(s)
     reward_units: bool = True  # the shifts are in units of reward, not of alpha
+    alpha_scale: float = 0.0  # above 0: alpha is this times the standard deviation of the rewards
     autotune: bool = False  # tune alpha to the entropy of z
     target_entropy: float = 1.0  # minus the entropy of z by dimension, for autotune
     coupling_dim: int = 64  # hidden units of the coupling nets, a multiple of 4
@@ -103,7 +104,7 @@ PRESETS = {f"{task}-v4": dict(total_timesteps=int(n * 1e6)) for task, n in STEPS
 PRESETS["multigoal:MultiGoal-v0"] = GOAL_MAP | dict(alpha=2.5)
 PRESETS["multigoal:MultiGoalAsymmetric-v0"] = GOAL_MAP | dict(alpha=10.0, gamma=0.8)
 LIMITS = dict(gamma=(0, 1), tau=(0, 1), seed=(0, 2**31), learning_starts=(1, 1e12), log_sigma_min=(-20, 10))
-LIMITS |= dict(log_sigma_max=(-20, 10), dropout=(0, 0.99), floor=(0, 1e9), floor_rms=(0, 1e9), floor_weight=(-1, 1))  # every other number must be above 0
+LIMITS |= dict(log_sigma_max=(-20, 10), dropout=(0, 0.99), floor=(0, 1e9), floor_rms=(0, 1e9), floor_weight=(-1, 1), alpha_scale=(0, 10))  # every other number must be above 0
 EVAL_SEED = 10_000  # evaluation episodes start from seeds 10000, 10001, ..., whatever --seed is
 Batch = collections.namedtuple("Batch", "obs actions rewards next_obs terminations")  # (B, O), D, 1, O, 1
 MAY_CHANGE = ("resume", "device", "compile", "total_timesteps", "checkpoint_frequency", "capture_video", "track")
@@ -295,8 +296,13 @@ class Twins(nn.Module):
             for f in flows:
                 f._buffers[name] = x
 
-    def update_norm(self, obs):
-        self.flows[0].update_norm(obs)
+    def update_norm(self, obs, rewards):
+        self.flows[0].update_norm(obs, rewards)
+        if self.args.alpha_scale:
+            mean, square = self.reward_moments
+            std = (square - mean.square()).clamp(min=1e-6).sqrt()
+            for f in self.flows:
+                f.value.log_alpha.copy_((self.args.alpha_scale * std).log())
 
     def norm(self, obs):
         return self.flows[0].norm(obs)
@@ -333,14 +339,16 @@ class MEow(nn.Module):
         self.action_dim, self.prior, self.obs_norm = action_dim, args.prior, args.obs_norm
         for name, value in dict(obs_mean=0.0, obs_square=1.0).items():
             self.register_buffer(name, torch.full((obs_dim,), value))
+        self.register_buffer("reward_moments", torch.zeros(2))
         self.register_buffer("batches", torch.zeros(()))
         b = (torch.arange(action_dim) + 1) % 2 * 1.0  # 1, 0, 1, 0, ...
         self.couplings = nn.ModuleList([Coupling(obs_dim, action_dim, mask, args.coupling_dim) for mask in (b, 1 - b, b, 1 - b)])
         self.value = SoftValue(obs_dim, action_dim, args)
 
-    def update_norm(self, obs: torch.Tensor) -> None:
+    def update_norm(self, obs: torch.Tensor, rewards: torch.Tensor) -> None:
         self.batches += 1
         rate = (1 / self.batches).clamp(min=1e-3)
+        self.reward_moments.lerp_(torch.stack([rewards.mean(), rewards.square().mean()]), rate)
         self.obs_mean.lerp_(obs.mean(0), rate)
         self.obs_square.lerp_(obs.square().mean(0), rate)
 
@@ -482,7 +490,7 @@ def make_update(agent: MEow, buffer: ReplayBuffer, args: Args):
         keep = (bits >= (round(args.dropout * 2**16) << 16) - 2**31).to(y) / (1 - args.dropout)
 
         v = agent.v(batch.obs)
-        floor = v - (args.floor * args.alpha + args.floor_rms * agent.rms if args.floor + args.floor_rms else 1e9)
+        floor = v - (args.floor * agent.flows[0].value.log_alpha.detach().exp() + args.floor_rms * agent.rms if args.floor + args.floor_rms else 1e9)
 
         def loss(params: dict[str, torch.Tensor]):
             q = functional_call(agent, params, (batch.obs, batch.actions, keep))  # (B, 2)
@@ -510,7 +518,7 @@ def make_update(agent: MEow, buffer: ReplayBuffer, args: Args):
     def update() -> None:
         batch = buffer.sample(args.batch_size)
         if args.obs_norm == "running":
-            agent.update_norm(batch.obs)
+            agent.update_norm(batch.obs, batch.rewards)
         bits = torch.empty(4, 2, args.batch_size, args.coupling_dim // 4, dtype=torch.int64, device=device).random_(-(2**63), None)
         params.grad, values = gradient(params, target_params, batch, bits.view(torch.int32))
         optimizer.step()
