@@ -11,6 +11,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -23,7 +24,7 @@ import meow_continuous_action as meow
 import multigoal
 import s2ac_continuous_action as s2ac
 from benchmark import colors, read_csv, run_missing, script_of, speed, write_csv
-from benchmark.studies import densities, entropy, goal_map_optimum, s2ac_actions, value_estimators
+from benchmark.studies import densities, entropy, fit, goal_map_optimum, s2ac_actions, value_estimators
 from numerics import action_grid
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -287,3 +288,38 @@ def test_speed_that_fails_says_why(capfd):
     job = dict(env_id="No-v0", threads=1, device="cpu", seconds=0.1, mode="eager", batch_size=8, num_envs=1)
     with pytest.raises(SystemExit, match="No-v0"):
         speed.measure([job | dict(implementation="SAC", processes=1)], 1)
+
+
+@pytest.mark.parametrize("task", ["Hopper", "HalfCheetah", "Walker2d", "Ant", "Humanoid"])
+def test_states_of_observations(task):
+    """A state that is set from its observation, where no velocity is clipped, goes on as the one that was observed."""
+    one, other = (meow.make_env(f"{task}-v4") for _ in range(2))
+    obs, rng = one.reset(seed=1)[0], np.random.default_rng(0)
+    for _ in range(15):
+        obs = one.step(rng.uniform(-0.2, 0.2, one.action_space.shape).astype(np.float32))[0]
+    fit.set_state(other, obs)
+    model, action = one.unwrapped.model, np.full(one.action_space.shape, 0.3, np.float32)
+    (mine, mine_reward), (theirs, their_reward) = other.step(action)[:2], one.step(action)[:2]
+    known = model.nq + model.nv - 2
+    np.testing.assert_allclose(mine[:known], theirs[:known], atol=1e-2)
+    assert mine_reward == pytest.approx(their_reward, abs=1e-2)
+
+
+def test_soft_returns():
+    """Rewards of 2 until the end after 3 steps or the horizon, an entropy of 4 nats, in closed form."""
+
+    class Task(gym.Env):
+        observation_space = gym.spaces.Box(-1, 1, (2,))
+
+        def __init__(self, end):
+            self.left = end
+
+        def step(self, action):
+            self.left -= 1
+            return np.zeros(2, np.float32), 2.0, self.left == 0, False, {}
+
+    agent = SimpleNamespace(sample=lambda obs: torch.zeros(len(obs), 1), log_prob=lambda obs, a: torch.full((2,), -4.0))
+    found = fit.soft_returns([Task(3), Task(99)], agent, 0.5, 0.9, torch.zeros(2, 1), 5)
+    g = 0.9 ** np.arange(6)
+    expected = [2 * g[:3].sum() + 2 * g[1:3].sum(), 2 * g[:5].sum() + 2 * g[1:6].sum()]
+    np.testing.assert_allclose(found, expected)
