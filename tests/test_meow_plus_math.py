@@ -102,7 +102,7 @@ def test_update_against_plain_pytorch(floor):
     optimizer, left_out, pulled = torch.optim.Adam(reference.parameters(), lr=args.learning_rate), [], 0
     update, learner = update_of(plus, agent, args)
     for _ in range(5):
-        batch = random_batch(plus, 64, 6, 2)
+        batch, kappa = random_batch(plus, 64, 6, 2), float(agent.kappa)
         stats = update(batch)
         for each in (reference, target):
             each.load_state_dict(dict(agent.named_buffers()), strict=False)  # held by test_statistics
@@ -110,10 +110,10 @@ def test_update_against_plain_pytorch(floor):
             v, next_v = reference.v(batch.obs), target.v(batch.next_obs).min(-1).values
             y = batch.rewards[:, 0] + torch.where(batch.terminations[:, 0] == 1, 0.0, 0.9 * next_v)
             q, log_prob = reference.q(batch.obs, batch.actions), reference.log_prob(batch.obs, batch.actions)
-            depth = floor * agent.value.alpha
+            depth = kappa * agent.value.alpha
             weights = torch.ones(64, 2, dtype=torch.float64)
             for k, i in itertools.product(range(64), (0, 1)):
-                if log_prob[k] < -floor:
+                if log_prob[k] < -kappa:
                     too_low = y[k] < v[k, i] - depth
                     weights[k, i] = 0.0 if too_low else min(1.0, depth / abs(q[k, i] - y[k]))
         q = reference.q(batch.obs, batch.actions)
@@ -124,6 +124,7 @@ def test_update_against_plain_pytorch(floor):
         optimizer.step()
         numerics.polyak(reference.value, target.value, 0.1)
         left_out.append((weights == 0).double().mean())
+        assert agent.kappa == pytest.approx(max(floor, kappa * (1 + 0.01 * (left_out[-1].item() - 0.05))))
         pulled += ((0 < weights) & (weights < 1)).sum()
         expected = [(losses[0] + losses[1]) / 2, *losses, *q.mean(0), y.mean(), left_out[-1], norm]
         torch.testing.assert_close(stats, torch.stack(expected).detach(), check_dtype=False, rtol=1e-6, atol=1e-7)
