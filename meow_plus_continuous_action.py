@@ -312,7 +312,7 @@ class MEowPlus(nn.Module):
         return self.energy(obs, action) - self.value.log_sigma(obs).sum(-1) - self.value.log_normalizer
 
     def policy_metrics(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Means over the batch: entropy in nats, log sigma, share of the coordinates beyond the clamp; alpha and kappa."""
+        """Means over the batch: entropy in nats, log sigma, share of coordinates beyond the clamp; alpha, kappa."""
         action, log_sigma = self.sample(obs), self.value.log_sigma(self.standardize(obs)).mean()
         clamped = (action.abs() > 1 - 1e-5).float().mean()
         own = dict(entropy=-self.log_prob(obs, action).mean(), alpha=self.value.alpha, kappa=self.kappa)
