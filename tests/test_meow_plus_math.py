@@ -97,7 +97,7 @@ def test_statistics_are_those_of_all_batches():
 def test_update_against_plain_pytorch(floor):
     """Five updates equal a textbook loop that weighs transition by transition, from log pi and y."""
     args = plus.Args(alpha=0.4, floor=floor, gamma=0.9, tau=0.1, max_grad_norm=0.5, dropout=0.0, batch_size=64)
-    agent = random_agent(6, 2, alpha=0.4)
+    agent = random_agent(6, 2, alpha=0.4, floor=floor)
     reference, target = copy.deepcopy(agent), copy.deepcopy(agent)
     optimizer, left_out, pulled = torch.optim.Adam(reference.parameters(), lr=args.learning_rate), [], 0
     update, learner = update_of(plus, agent, args)
