@@ -73,7 +73,7 @@ class Args:
     # MEow's own
     alpha: float = 0.1  # temperature, the weight of the entropy, in standard deviations of the rewards
     floor: float = 30.0  # least kappa: actions with log pi < -kappa count less in the loss, or not at all
-    left_out: float = 0.05  # kappa grows as long as the loss leaves out a larger share of the errors
+    left_out: float = 0.1  # kappa grows as long as the loss leaves out a larger share of the errors
     learning_rate: float = 1e-3  # Adam's step size
     max_grad_norm: float = 30.0  # the gradient is clipped to this norm
     log_sigma_min: float = -5.0  # lower bound of log sigma(s)

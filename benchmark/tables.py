@@ -18,7 +18,7 @@ import tomllib
 from scipy.stats import norm, t
 
 from benchmark import ROOT, colors, markdown, panels, save_picture, table
-from benchmark.report import ABLATION, LAST, PAPER, draw_curves, final, last_step, references
+from benchmark.report import ABLATION, LAST, PAPER, TEN_SEEDS, draw_curves, final, last_step, references
 
 CURVES = tomllib.loads((ROOT / "benchmark/curves.toml").read_text())
 
@@ -81,6 +81,20 @@ def five_tasks() -> str:
     return markdown([*lines.values()])
 
 
+def plus() -> str:
+    """MEow+ and MEow at the steps where MEow+ has evaluations, beside curves of ten seeds."""
+    lines, known = [], references()[TEN_SEEDS]
+    for task, rows in curves("plus").groupby("task", sort=False):
+        for step in (50_000, 100_000, 150_000, 200_000, 300_000):
+            here = rows[rows["step"] == step].groupby("method")["return"]
+            if "MEow+" not in (means := here.mean().round().astype(int)):
+                continue
+            line = dict(task=task, step=f"{step:,}", seeds=here.size()["MEow+"]) | {"MEow+": means["MEow+"]}
+            line |= {"MEow here": means.get("MEow", ""), "SAC here": means.get("SAC", "")}
+            lines.append(line | {f"{name}, 10 seeds": f"{known[name, task, step]:.0f}" for name in ("SAC", "CrossQ")})
+    return markdown(lines)
+
+
 def clamp() -> str:
     """-log of the integral of pi over the box, z ~ N(0, sigma^2): by that V / alpha is too high, a dimension."""
     log_sigma, z = np.array([-0.3, 0, 0.5, 1, 1.5, 2]), math.atanh(1 - 1e-5)
@@ -127,12 +141,13 @@ def tables() -> dict[str, str]:
     found["s2ac_bellman"] = table(rows, "step choice visited_by", cells)
     rows = read("beyond")
     rows["trial"] = rows["command"].str.extract(r"--exp-name (\S+)", expand=False)
-    rows["flags"] = rows["command"].str.partition("--eval-frequency 10000 ")[2]
-    columns = [f"return_{n}" for n in (10_000, 20_000, 30_000, 50_000, 90_000)]
+    rows["flags"] = rows["command"].str.replace(r"^.*?--total-timesteps \d+( --eval-freq\S+ \d+)? ?", "", regex=True)
+    columns = [f"return_{n}" for n in (20_000, 30_000, 50_000, 90_000, 200_000)]
     found["beyond"] = markdown(rows[["trial", "env_id", "flags", *columns]].to_dict("records"))
     rows = read("beyond_fit")
     rows["trial"] = rows["trained"].str.extract(r"--exp-name (\S+)", expand=False)
     columns = "trial env_id step age v v_rollout rare td_rmse lag entropy".split()
+    found["plus"] = plus()
     found["beyond_fit"] = markdown(rows[columns].to_dict("records"))
     timing, one = "update_ms:2 act_ms:3 loop_sps:0", ["1"]
     rows = read("speed", "speed_large", threads=one, env_id=["Hopper-v4", "Humanoid-v4"])
