@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = {"meow": "MEow", "sac": "SAC", "sql": "SQL", "s2ac": "S2AC", "meow-mixture": "MEow mixture", "sac-nf": "SAC-NF"}
-NAMES["meow-plus"] = "MEow+"
 NAMES |= {f"sb3:{algo}": f"SB3 {algo.upper()}" for algo in ("ppo", "td3", "ddpg", "sac")}
+NAMES["meow-plus"] = "MEow+"
 PALETTE = "#3f90da #e76300 #bd1f01 #832db6 #94a4a2 #717581 #ffa90e #a96b59 #b9ac70 #92dadd".split()  # Petroff 2021
 
 
