@@ -72,7 +72,7 @@ class Args:
     checkpoint_frequency: int = 10_000  # steps between checkpoints
     # MEow's own
     alpha: float = 0.1  # temperature, the weight of the entropy, in standard deviations of the rewards
-    floor: float = 30.0  # least kappa: actions with log pi < -kappa count less in the loss, or not at all
+    kappa: float = 30.0  # least kappa: actions with log pi < -kappa count less in the loss, or not at all
     left_out: float = 0.1  # kappa grows as long as the loss leaves out a larger share of the errors
     learning_rate: float = 1e-3  # Adam's step size
     max_grad_norm: float = 30.0  # the gradient is clipped to this norm
@@ -258,7 +258,7 @@ class MEowPlus(nn.Module):
         self.couplings = nn.ModuleList([AdditiveCoupling(obs_dim, action_dim, mask) for mask in masks])
         self.value = PlusValue(obs_dim, action_dim, args)
         self.register_buffer("batches", torch.zeros(()))
-        self.register_buffer("kappa", torch.tensor(args.floor))
+        self.register_buffer("kappa", torch.tensor(args.kappa))
         self.register_buffer("mean", torch.zeros(obs_dim + 1))  # of s and r
         self.register_buffer("variance", torch.ones(obs_dim + 1))
 
@@ -393,7 +393,7 @@ def make_update(agent: MEowPlus, buffer: ReplayBuffer, args: Args):
 
         def loss(params: dict[str, torch.Tensor]):
             q, v = functional_call(agent, params, (batch.obs, batch.actions, keep))  # (B, 2) each
-            drop = agent.kappa * agent.value.alpha
+            drop = agent.kappa * agent.value.alpha  # kappa alpha
             weight = torch.where(y < v - drop, 0.0, (drop / (q - y).abs()).clamp(max=1))
             weight = torch.where(q < v - drop, weight, 1.0).detach()  # (B, 2)
             qf_loss = (weight * (q - y).square()).mean(0)  # (2,)
@@ -413,7 +413,7 @@ def make_update(agent: MEowPlus, buffer: ReplayBuffer, args: Args):
         params.grad, values = gradient(params, target_params, batch, bits.view(torch.int32))
         optimizer.step()
         target_params.lerp_(value_params, args.tau)  # V' <- V' + tau (V - V')
-        agent.kappa.mul_(1 + 0.01 * (values[-2] - args.left_out)).clamp_(min=args.floor)
+        agent.kappa.mul_(1 + 0.01 * (values[-2] - args.left_out)).clamp_(min=args.kappa)
         metrics.copy_(values)
 
     return update, metrics, dict(agent=agent, target=target, optimizer=optimizer)

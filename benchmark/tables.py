@@ -143,7 +143,7 @@ def tables() -> dict[str, str]:
     rows["trial"] = rows["command"].str.extract(r"--exp-name (\S+)", expand=False)
     rows["flags"] = rows["command"].str.replace(r"^.*?--total-timesteps \d+( --eval-freq\S+ \d+)? ?", "", regex=True)
     columns = [f"return_{n}" for n in (20_000, 30_000, 50_000, 90_000, 200_000)]
-    found["beyond"] = markdown(rows[["trial", "env_id", "flags", *columns]].to_dict("records"))
+    found["beyond"] = markdown(rows[["trial", "env_id", "commit", "flags", *columns]].to_dict("records"))
     rows = read("beyond_fit")
     rows["trial"] = rows["trained"].str.extract(r"--exp-name (\S+)", expand=False)
     columns = "trial env_id step age v v_rollout rare td_rmse lag entropy".split()

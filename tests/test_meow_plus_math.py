@@ -93,11 +93,11 @@ def test_statistics_are_those_of_all_batches():
     torch.testing.assert_close(agent.mean, 0.999 * old + 0.001 * new)
 
 
-@pytest.mark.parametrize("floor", [2.0, 1e9])
-def test_update_against_plain_pytorch(floor):
+@pytest.mark.parametrize("least", [2.0, 1e9])
+def test_update_against_plain_pytorch(least):
     """Five updates equal a textbook loop that weighs transition by transition, from log pi and y."""
-    args = plus.Args(alpha=0.4, floor=floor, gamma=0.9, tau=0.1, max_grad_norm=0.5, dropout=0.0, batch_size=64)
-    agent = random_agent(6, 2, alpha=0.4, floor=floor)
+    args = plus.Args(alpha=0.4, kappa=least, gamma=0.9, tau=0.1, max_grad_norm=0.5, dropout=0.0, batch_size=64)
+    agent = random_agent(6, 2, alpha=0.4, kappa=least)
     reference, target = copy.deepcopy(agent), copy.deepcopy(agent)
     optimizer, left_out, pulled = torch.optim.Adam(reference.parameters(), lr=args.learning_rate), [], 0
     update, learner = update_of(plus, agent, args)
@@ -124,11 +124,11 @@ def test_update_against_plain_pytorch(floor):
         optimizer.step()
         numerics.polyak(reference.value, target.value, 0.1)
         left_out.append((weights == 0).double().mean())
-        assert float(agent.kappa) == pytest.approx(max(floor, kappa * (1 + 0.01 * (left_out[-1].item() - 0.1))))
+        assert float(agent.kappa) == pytest.approx(max(least, kappa * (1 + 0.01 * (left_out[-1].item() - 0.1))))
         pulled += ((0 < weights) & (weights < 1)).sum()
         expected = [(losses[0] + losses[1]) / 2, *losses, *q.mean(0), y.mean(), left_out[-1], norm]
         torch.testing.assert_close(stats, torch.stack(expected).detach(), check_dtype=False, rtol=1e-6, atol=1e-7)
-    assert (0.05 < min(left_out) and pulled > 10) if floor == 2 else max(left_out) == pulled == 0
+    assert (0.05 < min(left_out) and pulled > 10) if least == 2 else max(left_out) == pulled == 0
     numerics.assert_same_parameters((agent, reference), (learner["target"], target.value), rtol=1e-9, atol=1e-12)
 
 
