@@ -157,6 +157,7 @@ def tables() -> dict[str, str]:
     rows = read("compiled_eager").astype({"step": int})
     last = rows[rows["step"] == rows.groupby("env_id")["step"].transform("max")]
     found["compiled_eager"] = table(last, "env_id step", "return:0", "compile")
+    found["speed_plus"] = table(read("speed_plus"), "env_id implementation", timing)
     found["speed_sac_nf"] = table(read("speed_sac_nf"), "implementation", timing)
     found["speed_eager"] = table(read("speed_eager"), "implementation", "update_ms:2", "mode")
     rows = read("speed_growth", num_seeds=one, implementation=["MEow"])
