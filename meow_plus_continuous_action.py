@@ -214,7 +214,7 @@ class AdditiveCoupling(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, mask: torch.Tensor):
         super().__init__()
         self.register_buffer("mask", mask)  # (D,), b: 1 for what passes unchanged and conditions the rest
-        self.net = MLP(action_dim + obs_dim, 64, action_dim, norm=True)
+        self.net = MLP(action_dim + obs_dim, 256, action_dim, norm=True)
 
     def forward(self, z: torch.Tensor, obs: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
         """(1 - b) t of z (B, D): added it samples, subtracted it gives the density."""
@@ -229,7 +229,7 @@ class PlusValue(nn.Module):
         self.low, self.high = args.log_sigma_min, args.log_sigma_max
         self.register_buffer("alpha", torch.tensor(args.alpha))
         self.log_normalizer = 0.5 * action_dim * math.log(2 * math.pi)  # of the prior N(0, I)
-        self.sigma_net = MLP(obs_dim, 64, action_dim, norm=True)
+        self.sigma_net = MLP(obs_dim, 256, action_dim, norm=True)
         self.shift_nets = nn.ModuleList([MLP(obs_dim, 256, 1, norm=True) for _ in range(2)])
         for net in (self.sigma_net, *self.shift_nets):
             nn.init.zeros_(net.linears[2].weight)
@@ -409,7 +409,7 @@ def make_update(agent: MEowPlus, buffer: ReplayBuffer, args: Args):
     def update() -> None:
         batch = buffer.sample(args.batch_size)
         agent.observe(batch)
-        bits = torch.empty(4, 2, args.batch_size, 16, dtype=torch.int64, device=device).random_(-(2**63), None)
+        bits = torch.empty(4, 2, args.batch_size, 64, dtype=torch.int64, device=device).random_(-(2**63), None)
         params.grad, values = gradient(params, target_params, batch, bits.view(torch.int32))
         optimizer.step()
         target_params.lerp_(value_params, args.tau)  # V' <- V' + tau (V - V')
