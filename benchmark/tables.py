@@ -144,9 +144,9 @@ def tables() -> dict[str, str]:
     rows["flags"] = rows["command"].str.replace(r"^.*?--total-timesteps \d+( --eval-freq\S+ \d+)? ?", "", regex=True)
     columns = [f"return_{n}" for n in (20_000, 30_000, 50_000, 90_000, 200_000)]
     found["beyond"] = markdown(rows[["trial", "env_id", "commit", "flags", *columns]].to_dict("records"))
-    rows = read("beyond_fit")
+    rows = read("beyond_fit", age=["fresh"])
     rows["trial"] = rows["trained"].str.extract(r"--exp-name (\S+)", expand=False)
-    columns = "trial env_id step age v v_rollout rare td_rmse lag entropy".split()
+    columns = "trial env_id step v v_rollout rare td_rmse lag entropy".split()
     found["plus"] = plus()
     found["beyond_fit"] = markdown(rows[columns].to_dict("records"))
     timing, one = "update_ms:2 act_ms:3 loop_sps:0", ["1"]
