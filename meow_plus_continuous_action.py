@@ -4,7 +4,7 @@
 
 MEow is of Chao et al., https://arxiv.org/abs/2405.13629 and meow_continuous_action.py; what differs is of this project.
 Q = V + alpha log pi has to fit every replayed action, those that the policy has left, too. How low Q is there does not
-matter to V: the loss (7) leaves out those that are no better than that. B: batch, O: observation, D: action.
+matter to V: the loss (7) leaves out those that are no better than that.
 
     (1)  u = z / sigma(s),  z = couplings(atanh a),  u ~ N(0, I)                MEowPlus.energy
     (2)  Q_i(s,a) = alpha [-|u|^2 / 2 - sum log(1 - a^2)] + b_i(s)              MEowPlus.q
@@ -15,7 +15,8 @@ matter to V: the loss (7) leaves out those that are no better than that. B: batc
     (7)  L = mean w_i (Q_i(s,a) - y)^2,  w_i = 1 where log pi(a|s) >= -kappa; elsewhere
          w_i = 0 if y < V_i(s) - kappa alpha, else min(1, kappa alpha / |Q_i(s,a) - y|)
 
-The nets of s have LayerNorm. Observations are standardized; alpha is a multiple of the rewards' standard deviation.
+The nets of s have LayerNorm, observations are standardized, alpha is in root mean squares of the rewards. b learns
+faster than couplings and sigma, the policy: it takes up the noise of y. B: batch, O: observation, D: action.
 """
 
 import collections
@@ -71,10 +72,10 @@ class Args:
     deterministic_eval: bool = True  # evaluate the deterministic action instead of samples
     checkpoint_frequency: int = 10_000  # steps between checkpoints
     # MEow's own
-    alpha: float = 0.1  # temperature, the weight of the entropy, in standard deviations of the rewards
-    kappa: float = 30.0  # least kappa: actions with log pi < -kappa count less in the loss, or not at all
-    left_out: float = 0.1  # kappa grows as long as the loss leaves out a larger share of the errors
-    learning_rate: float = 1e-3  # Adam's step size
+    alpha: float = 0.05  # temperature, the weight of the entropy, in root mean squares of the rewards
+    kappa: float = 30.0  # actions with log pi < -kappa count less in the loss, or not at all
+    learning_rate: float = 1e-3  # Adam's step size for the shift nets
+    flow_learning_rate: float = 3e-4  # and for the couplings and the sigma net, which are the policy
     max_grad_norm: float = 30.0  # the gradient is clipped to this norm
     log_sigma_min: float = -5.0  # lower bound of log sigma(s)
     log_sigma_max: float = -0.3  # upper bound of log sigma(s)
@@ -258,7 +259,6 @@ class MEowPlus(nn.Module):
         self.couplings = nn.ModuleList([AdditiveCoupling(obs_dim, action_dim, mask) for mask in masks])
         self.value = PlusValue(obs_dim, action_dim, args)
         self.register_buffer("batches", torch.zeros(()))
-        self.register_buffer("kappa", torch.tensor(args.kappa))
         self.register_buffer("mean", torch.zeros(obs_dim + 1))  # of s and r
         self.register_buffer("variance", torch.ones(obs_dim + 1))
 
@@ -268,7 +268,7 @@ class MEowPlus(nn.Module):
         rate, difference = (1 / self.batches.add_(1)).clamp(min=1e-3), mean - self.mean
         self.mean += rate * difference
         self.variance.lerp_(variance + (1 - rate) * difference.square(), rate)
-        self.value.alpha.copy_(self.scale * self.variance[-1].clamp(min=1e-4).sqrt())
+        self.value.alpha.copy_(self.scale * (self.variance[-1] + self.mean[-1].square()).clamp(min=1e-4).sqrt())
 
     def standardize(self, obs: torch.Tensor) -> torch.Tensor:
         """Observations (B, O) less their mean, by their standard deviation, at most 10 of them."""
@@ -312,11 +312,10 @@ class MEowPlus(nn.Module):
         return self.energy(obs, action) - self.value.log_sigma(obs).sum(-1) - self.value.log_normalizer
 
     def policy_metrics(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Means over the batch: entropy in nats, log sigma, share of coordinates beyond the clamp; alpha, kappa."""
+        """Means over the batch: entropy in nats, log sigma, share of coordinates beyond the clamp; alpha."""
         action, log_sigma = self.sample(obs), self.value.log_sigma(self.standardize(obs)).mean()
-        clamped = (action.abs() > 1 - 1e-5).float().mean()
-        own = dict(entropy=-self.log_prob(obs, action).mean(), alpha=self.value.alpha, kappa=self.kappa)
-        return own | dict(log_sigma=log_sigma, actions_clamped=clamped)
+        clamped, entropy = (action.abs() > 1 - 1e-5).float().mean(), -self.log_prob(obs, action).mean()
+        return dict(entropy=entropy, log_sigma=log_sigma, actions_clamped=clamped, alpha=self.value.alpha)
 
 
 Agent = MEowPlus  # its name in what the scripts share
@@ -379,9 +378,11 @@ def make_update(agent: MEowPlus, buffer: ReplayBuffer, args: Args):
     target = copy.deepcopy(agent.value).requires_grad_(False)  # V'
     target.alpha = agent.value.alpha  # one tensor
     params, target_params = flatten(agent), flatten(target)
-    value_params = params[-len(target_params) :]  # V's are the last of the agent's
     metrics, device = torch.zeros(len(METRICS), device=params.device), params.device
-    optimizer = torch.optim.Adam([params], args.learning_rate, fused=True, capturable=True)
+    size = len(concatenate(agent.value.shift_nets.parameters()))
+    flow, shifts, value_params = params[:-size], params[-size:], params[-len(target_params) :]  # in their order
+    slow, fast = dict(params=[flow], lr=args.flow_learning_rate), dict(params=[shifts], lr=args.learning_rate)
+    optimizer = torch.optim.Adam([slow, fast], fused=True, capturable=True)
 
     @compiled(args)
     def gradient(params: torch.Tensor, target_params: torch.Tensor, batch: Batch, bits: torch.Tensor):
@@ -393,12 +394,11 @@ def make_update(agent: MEowPlus, buffer: ReplayBuffer, args: Args):
 
         def loss(params: dict[str, torch.Tensor]):
             q, v = functional_call(agent, params, (batch.obs, batch.actions, keep))  # (B, 2) each
-            drop = agent.kappa * agent.value.alpha  # kappa alpha
+            drop = args.kappa * agent.value.alpha  # kappa alpha
             weight = torch.where(y < v - drop, 0.0, (drop / (q - y).abs()).clamp(max=1))
             weight = torch.where(q < v - drop, weight, 1.0).detach()  # (B, 2)
-            qf_loss = (weight * (q - y).square()).mean(0)  # (2,)
-            means = y.mean(), (weight == 0).to(y).mean()
-            return qf_loss.mean(), torch.stack([qf_loss.mean(), *qf_loss, *q.mean(0), *means])
+            qf_loss, left_out = (weight * (q - y).square()).mean(0), (weight == 0).to(y).mean()  # (2,), ()
+            return qf_loss.mean(), torch.stack([qf_loss.mean(), *qf_loss, *q.mean(0), y.mean(), left_out])
 
         grads, values = torch.func.grad(loss, has_aux=True)(unflatten(params, agent))
         grad = concatenate(grads.values())  # (P,)
@@ -410,10 +410,10 @@ def make_update(agent: MEowPlus, buffer: ReplayBuffer, args: Args):
         batch = buffer.sample(args.batch_size)
         agent.observe(batch)
         bits = torch.empty(4, 2, args.batch_size, 16, dtype=torch.int64, device=device).random_(-(2**63), None)
-        params.grad, values = gradient(params, target_params, batch, bits.view(torch.int32))
+        grad, values = gradient(params, target_params, batch, bits.view(torch.int32))
+        flow.grad, shifts.grad = grad[:-size], grad[-size:]
         optimizer.step()
         target_params.lerp_(value_params, args.tau)  # V' <- V' + tau (V - V')
-        agent.kappa.mul_(1 + 0.01 * (values[-2] - args.left_out)).clamp_(min=args.kappa)
         metrics.copy_(values)
 
     return update, metrics, dict(agent=agent, target=target, optimizer=optimizer)
