@@ -71,7 +71,7 @@ class Args:
     deterministic_eval: bool = True  # evaluate the deterministic action instead of samples
     checkpoint_frequency: int = 10_000  # steps between checkpoints
     # MEow's own
-    alpha: float = 0.1  # temperature, the weight of the entropy, in standard deviations of the rewards
+    alpha: float = 0.05  # temperature, the weight of the entropy, in standard deviations of the rewards
     kappa: float = 30.0  # least kappa: actions with log pi < -kappa count less in the loss, or not at all
     left_out: float = 0.1  # kappa grows as long as the loss leaves out a larger share of the errors
     learning_rate: float = 1e-3  # Adam's step size
@@ -268,7 +268,7 @@ class MEowPlus(nn.Module):
         rate, difference = (1 / self.batches.add_(1)).clamp(min=1e-3), mean - self.mean
         self.mean += rate * difference
         self.variance.lerp_(variance + (1 - rate) * difference.square(), rate)
-        self.value.alpha.copy_(self.scale * self.variance[-1].clamp(min=1e-4).sqrt())
+        self.value.alpha.copy_(self.scale * (self.variance[-1] + self.mean[-1].square()).clamp(min=1e-4).sqrt())
 
     def standardize(self, obs: torch.Tensor) -> torch.Tensor:
         """Observations (B, O) less their mean, by their standard deviation, at most 10 of them."""
