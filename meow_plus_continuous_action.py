@@ -396,6 +396,7 @@ def make_update(agent: MEowPlus, buffer: ReplayBuffer, args: Args):
             drop = agent.kappa * agent.value.alpha  # kappa alpha
             weight = torch.where(y < v - drop, 0.0, (drop / (q - y).abs()).clamp(max=1))
             weight = torch.where(q < v - drop, weight, 1.0).detach()  # (B, 2)
+            q = torch.where(q < v - drop, q - v + v.detach(), q)  # such an action moves pi, not V
             qf_loss = (weight * (q - y).square()).mean(0)  # (2,)
             means = y.mean(), (weight == 0).to(y).mean()
             return qf_loss.mean(), torch.stack([qf_loss.mean(), *qf_loss, *q.mean(0), *means])
@@ -413,7 +414,6 @@ def make_update(agent: MEowPlus, buffer: ReplayBuffer, args: Args):
         params.grad, values = gradient(params, target_params, batch, bits.view(torch.int32))
         optimizer.step()
         target_params.lerp_(value_params, args.tau)  # V' <- V' + tau (V - V')
-        agent.kappa.mul_(1 + 0.01 * (values[-2] - args.left_out)).clamp_(min=args.kappa)
         metrics.copy_(values)
 
     return update, metrics, dict(agent=agent, target=target, optimizer=optimizer)
