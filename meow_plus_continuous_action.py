@@ -72,6 +72,7 @@ class Args:
     checkpoint_frequency: int = 10_000  # steps between checkpoints
     # MEow's own
     alpha: float = 0.05  # temperature, the weight of the entropy, in standard deviations of the rewards
+    flow_rate: float = 0.3
     kappa: float = 30.0  # least kappa: actions with log pi < -kappa count less in the loss, or not at all
     left_out: float = 0.1  # kappa grows as long as the loss leaves out a larger share of the errors
     learning_rate: float = 1e-3  # Adam's step size
@@ -381,6 +382,7 @@ def make_update(agent: MEowPlus, buffer: ReplayBuffer, args: Args):
     params, target_params = flatten(agent), flatten(target)
     value_params = params[-len(target_params) :]  # V's are the last of the agent's
     metrics, device = torch.zeros(len(METRICS), device=params.device), params.device
+    flow = params[: len(params) - len(concatenate(p.detach() for p in agent.value.shift_nets.parameters()))].clone()
     optimizer = torch.optim.Adam([params], args.learning_rate, fused=True, capturable=True)
 
     @compiled(args)
@@ -411,7 +413,9 @@ def make_update(agent: MEowPlus, buffer: ReplayBuffer, args: Args):
         agent.observe(batch)
         bits = torch.empty(4, 2, args.batch_size, 16, dtype=torch.int64, device=device).random_(-(2**63), None)
         params.grad, values = gradient(params, target_params, batch, bits.view(torch.int32))
+        flow.copy_(params[: len(flow)])
         optimizer.step()
+        params[: len(flow)].lerp_(flow, 1 - args.flow_rate)
         target_params.lerp_(value_params, args.tau)  # V' <- V' + tau (V - V')
         agent.kappa.mul_(1 + 0.01 * (values[-2] - args.left_out)).clamp_(min=args.kappa)
         metrics.copy_(values)
