@@ -15,10 +15,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import tomllib
+from rliable import metrics
 from scipy.stats import norm, t
 
 from benchmark import ROOT, colors, markdown, panels, save_picture, table
-from benchmark.report import ABLATION, LAST, PAPER, TEN_SEEDS, draw_curves, final, last_step, references
+from benchmark.report import ABLATION, LAST, PAPER, TEN_SEEDS, draw_curves, final, last_step, references, span
+from benchmark.report import interval as confidence
 
 CURVES = tomllib.loads((ROOT / "benchmark/curves.toml").read_text())
 
@@ -95,6 +97,22 @@ def plus() -> str:
     return markdown(lines)
 
 
+def plus_aggregates() -> str:
+    """Interquartile means over the five tasks of MEow+'s return by that of ten seeds of another at the same step."""
+    lines, known, rows = [], references()[TEN_SEEDS], curves("plus")
+    rows = rows[rows["method"] == "MEow+"]
+    for step, own in rows[rows["step"].isin([50_000, 100_000, 200_000, 300_000])].groupby("step"):
+        returns = own.pivot(index="seed", columns="task", values="return").dropna()  # seeds that all its tasks have
+        line = dict(step=f"{step:,}", tasks=returns.shape[1], seeds=len(returns))
+        for name in ("SAC", "CrossQ"):
+            scores = (returns / [known[name, task, step] for task in returns]).to_numpy()
+            point, ends = confidence(scores, lambda x: np.array([metrics.aggregate_iqm(x)]), 2_000)
+            line[f"IQM, {name} is 1"] = f"{point[0]:.2f} ({span(ends[:, 0])})"
+            line[f"runs above {name}"] = f"{(scores > 1).sum()} of {scores.size}"
+        lines.append(line)
+    return markdown(lines)
+
+
 def clamp() -> str:
     """-log of the integral of pi over the box, z ~ N(0, sigma^2): by that V / alpha is too high, a dimension."""
     log_sigma, z = np.array([-0.3, 0, 0.5, 1, 1.5, 2]), math.atanh(1 - 1e-5)
@@ -141,13 +159,14 @@ def tables() -> dict[str, str]:
     found["s2ac_bellman"] = table(rows, "step choice visited_by", cells)
     rows = read("beyond")
     rows["trial"] = rows["command"].str.extract(r"--exp-name (\S+)", expand=False)
-    rows["flags"] = rows["command"].str.replace(r"^.*?--total-timesteps \d+( --eval-freq\S+ \d+)? ?", "", regex=True)
-    columns = [f"return_{n}" for n in (20_000, 30_000, 50_000, 90_000, 200_000)]
+    plain = r"^.*?--exp-name \S+( --(total-timesteps|eval-freq\S+) \d+)* ?"
+    rows["flags"] = rows["command"].str.replace(plain, "", regex=True)
+    columns = [f"return_{n}" for n in (20_000, 30_000, 50_000, 90_000, 100_000, 200_000)]
     found["beyond"] = markdown(rows[["trial", "env_id", "commit", "flags", *columns]].to_dict("records"))
     rows = read("beyond_fit", age=["fresh"])
     rows["trial"] = rows["trained"].str.extract(r"--exp-name (\S+)", expand=False)
     columns = "trial env_id step v v_rollout rare td_rmse lag entropy".split()
-    found["plus"] = plus()
+    found["plus"], found["plus_aggregates"] = plus(), plus_aggregates()
     found["beyond_fit"] = markdown(rows[columns].to_dict("records"))
     timing, one = "update_ms:2 act_ms:3 loop_sps:0", ["1"]
     rows = read("speed", "speed_large", threads=one, env_id=["Hopper-v4", "Humanoid-v4"])
