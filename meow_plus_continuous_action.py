@@ -1,10 +1,10 @@
-"""MEow+: MEow with a censored loss, normalized nets and one setting for every task. Its soft value is as exact.
+"""MEow+: MEow with a censored loss, normalized nets and one setting for every task. Its soft value is exact, too.
 
     python meow_plus_continuous_action.py --env-id Ant-v4
 
-MEow is of Chao et al., https://arxiv.org/abs/2405.13629 and meow_continuous_action.py; what differs is of this project.
-Q = V + alpha log pi has to fit every replayed action, those that the policy has left, too. How low Q is there does not
-matter to V: the loss (7) leaves out those that are no better than that.
+MEow is of Chao et al., https://arxiv.org/abs/2405.13629, and in meow_continuous_action.py; the changes are this
+project's. Q = V + alpha log pi has to fit every replayed action. Far below V it makes no difference to V how low Q is:
+the loss (7) leaves out an action whose Q and y are both there. B: batch, O: observation, D: action.
 
     (1)  u = z / sigma(s),  z = couplings(atanh a),  u ~ N(0, I)                MEowPlus.energy
     (2)  Q_i(s,a) = alpha [-|u|^2 / 2 - sum log(1 - a^2)] + b_i(s)              MEowPlus.q
@@ -13,10 +13,10 @@ matter to V: the loss (7) leaves out those that are no better than that.
     (5)  a = tanh(couplings^-1(sigma(s) u)),  u ~ N(0, I), or u = 0             MEowPlus.sample
     (6)  y = r + gamma (1 - d) min_i V_i'(s')                                   make_update
     (7)  L = mean w_i (Q_i(s,a) - y)^2,  w_i = 1 where log pi(a|s) >= -kappa; elsewhere
-         w_i = 0 if y < V_i(s) - kappa alpha, else min(1, kappa alpha / |Q_i(s,a) - y|)
+         w_i = 0 if y < V_i(s) - kappa alpha, else min(1, kappa alpha / |Q_i(s,a) - y|); no gradient of w_i
 
 The nets of s have LayerNorm, observations are standardized, alpha is in root mean squares of the rewards. b learns
-faster than couplings and sigma, the policy: it takes up the noise of y. B: batch, O: observation, D: action.
+faster than couplings and sigma, the policy, so that the noise of y moves b first.
 """
 
 import collections
@@ -71,7 +71,7 @@ class Args:
     eval_episodes: int = 10  # episodes of an evaluation, with the same seeds every time
     deterministic_eval: bool = True  # evaluate the deterministic action instead of samples
     checkpoint_frequency: int = 10_000  # steps between checkpoints
-    # MEow's own
+    # MEow+'s own
     alpha: float = 0.05  # temperature, the weight of the entropy, in root mean squares of the rewards
     kappa: float = 30.0  # actions with log pi < -kappa count less in the loss, or not at all
     learning_rate: float = 1e-3  # Adam's step size for the shift nets
@@ -263,7 +263,7 @@ class MEowPlus(nn.Module):
         self.register_buffer("variance", torch.ones(obs_dim + 1))
 
     def observe(self, batch: Batch) -> None:
-        """Move mean and variance to those of a batch: of all at first, of the last thousand later. Sets alpha."""
+        """Mean and variance of all batches, later of about the last thousand; alpha, of a root mean square >= 0.01."""
         variance, mean = torch.var_mean(torch.cat([batch.obs, batch.rewards], -1), 0, correction=0)  # (O + 1,)
         rate, difference = (1 / self.batches.add_(1)).clamp(min=1e-3), mean - self.mean
         self.mean += rate * difference
@@ -271,7 +271,7 @@ class MEowPlus(nn.Module):
         self.value.alpha.copy_(self.scale * (self.variance[-1] + self.mean[-1].square()).clamp(min=1e-4).sqrt())
 
     def standardize(self, obs: torch.Tensor) -> torch.Tensor:
-        """Observations (B, O) less their mean, by their standard deviation, at most 10 of them."""
+        """Observations (B, O) less their mean, by their standard deviation, clipped to [-10, 10]."""
         return ((obs - self.mean[:-1]) * self.variance[:-1].clamp(min=1e-4).rsqrt()).clamp(-10, 10)
 
     def sample(self, obs: torch.Tensor, deterministic: bool = False) -> torch.Tensor:
