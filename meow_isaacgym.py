@@ -373,7 +373,10 @@ def make_update(agent: MEow, buffer: ReplayBuffer, args: Args):
     params, target_params = flatten(agent), flatten(target)
     value_params = params[-len(target_params) :]  # V's are the last of the agent's
     metrics, device = torch.zeros(len(METRICS), device=params.device), params.device
-    optimizer = torch.optim.Adam([params], args.learning_rate, fused=True, capturable=True)
+    size = len(concatenate(p.detach() for p in agent.value.shift_nets.parameters()))
+    flow, shifts = params[:-size], params[-size:]
+    slow, fast = dict(params=[flow], lr=0.3 * args.learning_rate), dict(params=[shifts], lr=args.learning_rate)
+    optimizer = torch.optim.Adam([slow, fast], fused=True, capturable=True)
 
     @compiled(args)
     def gradient(params: torch.Tensor, target_params: torch.Tensor, batch: Batch, bits: torch.Tensor):
@@ -397,7 +400,8 @@ def make_update(agent: MEow, buffer: ReplayBuffer, args: Args):
     def update() -> None:
         batch = buffer.sample(args.batch_size)
         bits = torch.empty(4, 2, args.batch_size, 16, dtype=torch.int64, device=device).random_(-(2**63), None)
-        params.grad, values = gradient(params, target_params, batch, bits.view(torch.int32))
+        grad, values = gradient(params, target_params, batch, bits.view(torch.int32))
+        flow.grad, shifts.grad = grad[:-size], grad[-size:]
         optimizer.step()
         target_params.lerp_(value_params, args.tau)  # V' <- V' + tau (V - V')
         metrics.copy_(values)
