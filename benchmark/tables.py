@@ -164,7 +164,7 @@ def tables() -> dict[str, str]:
     columns = [f"return_{n}" for n in (20_000, 30_000, 50_000, 90_000, 100_000, 200_000)]
     found["beyond"] = markdown(rows[["trial", "env_id", "commit", "flags", *columns]].to_dict("records"))
     rows = read("beyond_fit", age=["fresh"])
-    rows["trial"] = rows["trained"].str.extract(r"--exp-name (\S+)", expand=False)
+    rows["trial"] = rows["trained"].str.extract(r"--exp-name (\S+)", expand=False).fillna("the script")
     columns = "trial env_id step v v_rollout rare td_rmse lag entropy".split()
     found["plus"], found["plus_aggregates"] = plus(), plus_aggregates()
     found["beyond_fit"] = markdown(rows[columns].to_dict("records"))
