@@ -141,10 +141,12 @@ def references_of(run: pd.Series, curves: pd.Series) -> dict[str, pd.Series]:
     return {source: curves.loc[key] for source, key in keys.items() if key in curves.index.droplevel("step")}
 
 
-def interval(scores: np.ndarray, func, reps: int) -> tuple[np.ndarray, np.ndarray]:
-    """Estimate (K,) and its interval (2, K), nan for one seed, of func over scores (seeds, tasks, ...)."""
-    if len(scores) < 2:
-        return func(scores), np.full((2, len(func(scores))), np.nan)
+def interval(scores: np.ndarray | tuple, func, reps: int) -> tuple[np.ndarray, np.ndarray]:
+    """Estimate (K,) and its interval (2, K), nan for one seed, of func over scores (seeds, tasks, ...), or
+    over those of several methods in a tuple."""
+    each = scores if isinstance(scores, tuple) else (scores,)
+    if min(map(len, each)) < 2:
+        return func(*each), np.full((2, len(func(*each))), np.nan)
     np.random.seed(0)  # rliable draws from the global generator, whatever generator it is given
     points, intervals = library.get_interval_estimates({"": scores}, func, reps=reps)
     return points[""], intervals[""]

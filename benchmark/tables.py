@@ -84,32 +84,46 @@ def five_tasks() -> str:
 
 
 def plus() -> str:
-    """MEow+ and MEow at the steps where MEow+ has evaluations, beside curves of ten seeds."""
+    """Returns at the steps where MEow+ has evaluations, beside the means of ten seeds."""
     lines, known = [], references()[TEN_SEEDS]
     for task, rows in curves("plus").groupby("task", sort=False):
-        for step in (50_000, 100_000, 150_000, 200_000, 300_000):
-            here = rows[rows["step"] == step].groupby("method")["return"]
-            if "MEow+" not in (means := here.mean().round().astype(int)):
+        for step in (50_000, 100_000, 200_000, 300_000):
+            own = rows[rows["step"] == step].groupby("method")["return"].apply(list)
+            if "MEow+" not in own:
                 continue
-            line = dict(task=task, step=f"{step:,}", seeds=here.size()["MEow+"]) | {"MEow+": means["MEow+"]}
-            line |= {"MEow here": means.get("MEow", ""), "SAC here": means.get("SAC", "")}
+            line = dict(task=task, step=f"{step:,}") | {"MEow+": interval(own["MEow+"])}
+            line["each seed"] = " / ".join(f"{value:.0f}" for value in own["MEow+"])
+            line |= {f"{name} here": interval(own[name]) if name in own else "" for name in ("MEow", "SAC")}
             lines.append(line | {f"{name}, 10 seeds": f"{known[name, task, step]:.0f}" for name in ("SAC", "CrossQ")})
     return markdown(lines)
 
 
 def plus_aggregates() -> str:
-    """Interquartile means over the five tasks of MEow+'s return by that of ten seeds of another at the same step."""
+    """MEow+ beside others at the same step, over the tasks that MEow+ has there and the seeds that have all of these:
+    rliable's interquartile mean of returns by the other's mean, and probability that a run is above the other's."""
     lines, known, rows = [], references()[TEN_SEEDS], curves("plus")
-    rows = rows[rows["method"] == "MEow+"]
-    for step, own in rows[rows["step"].isin([50_000, 100_000, 200_000, 300_000])].groupby("step"):
-        returns = own.pivot(index="seed", columns="task", values="return").dropna()  # seeds that all its tasks have
-        line = dict(step=f"{step:,}", tasks=returns.shape[1], seeds=len(returns))
-        for name in ("SAC", "CrossQ"):
-            scores = (returns / [known[name, task, step] for task in returns]).to_numpy()
-            point, ends = confidence(scores, lambda x: np.array([metrics.aggregate_iqm(x)]), 2_000)
-            line[f"IQM, {name} is 1"] = f"{point[0]:.2f} ({span(ends[:, 0])})"
-            line[f"runs above {name}"] = f"{(scores > 1).sum()} of {scores.size}"
-        lines.append(line)
+    for step in (50_000, 100_000, 200_000, 300_000):
+        at = rows[rows["step"] == step]
+        tasks = [*at.loc[at["method"] == "MEow+", "task"].unique()]
+        own = {name: x.pivot(index="seed", columns="task", values="return") for name, x in at.groupby("method")}
+        own = {name: x.reindex(columns=tasks).dropna().to_numpy() for name, x in own.items()}  # (seeds, tasks)
+        for name in ("SAC here", "MEow here", "SAC, 10 seeds", "CrossQ, 10 seeds"):
+            method, here = re.split("[ ,]", name)[0], name.endswith("here")
+            y = own.get(method, np.empty((0, 0))) if here else np.array([[known[method, task, step] for task in tasks]])
+            if not tasks or not len(x := own["MEow+"]) or not len(y):
+                continue
+            line = dict(step=f"{step:,}", tasks=len(tasks), seeds=len(x)) | {"beside": name}
+            line["seeds there"] = len(y) if here else 10
+            iqm = lambda x, y=y: np.array([metrics.aggregate_iqm(x / y.mean(0))])  # noqa: E731
+            point, ends = confidence((x, y) if here else x, iqm, 2_000)
+            line["IQM, 1 is the other"] = f"{point[0]:.2f} ({span(ends[:, 0])})"
+            line["tasks above"] = (x.mean(0) > y.mean(0)).sum()
+            line["probability of improvement"] = ""
+            if here:
+                improvement = lambda x, y: np.array([metrics.probability_of_improvement(x, y)])  # noqa: E731
+                point, ends = confidence((x, y), improvement, 2_000)
+                line["probability of improvement"] = f"{point[0]:.2f} ({span(ends[:, 0])})"
+            lines.append(line)
     return markdown(lines)
 
 

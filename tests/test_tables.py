@@ -30,6 +30,35 @@ def test_scores_are_of_the_last_five_evaluations_that_all_runs_have(monkeypatch)
     assert row["steps"] == "80" and row["each seed"] == "6 / 12" and row["paper"] == "120"  # means at steps 40 to 80
 
 
+def test_plus_aggregates_are_those_of_scipy_and_of_counting_pairs(monkeypatch):
+    """Of the seeds that have all tasks; one seed has no interval; the interval holds the estimate."""
+    rng = np.random.default_rng(0)
+    runs = [("MEow+", seed, task) for seed in (1, 2, 3) for task in "ABCDE"]
+    runs += [("SAC", seed, task) for seed in (1, 2) for task in "ABCDE"] + [("SAC", 3, "A")]
+    runs += [("MEow", 1, task) for task in "ABCDE"]
+    rows = pd.DataFrame(runs, columns=["method", "seed", "task"]).assign(step=100_000)
+    rows["return"] = rng.uniform(1_000, 5_000, len(rows))
+    keys = [("SAC", task, 100_000) for task in "ABCDE"] + [("CrossQ", task, 100_000) for task in "ABCDE"]
+    known = pd.Series([2_000.0] * 5 + [4_000.0] * 5, pd.MultiIndex.from_tuples(keys))
+    monkeypatch.setattr(tables, "curves", lambda name: rows)
+    monkeypatch.setattr(tables, "references", lambda: {tables.TEN_SEEDS: known})
+    x, sac = rows["return"].to_numpy()[:15].reshape(3, 5), rows["return"].to_numpy()[15:25].reshape(2, 5)
+    meow = rows["return"].to_numpy()[-5:]
+    found = {line.split(" | ")[3]: line.strip("| ").split(" | ") for line in tables.plus_aggregates().splitlines()[2:]}
+    assert [*found] == ["SAC here", "MEow here", "SAC, 10 seeds", "CrossQ, 10 seeds"]
+    means = {"SAC here": sac.mean(0), "MEow here": meow, "SAC, 10 seeds": 2_000.0, "CrossQ, 10 seeds": 4_000.0}
+    for name, mean in means.items():
+        iqm, above = np.sort((x / mean).ravel())[3:12].mean(), (x.mean(0) > mean).sum()  # 3 of 15 cut off on each side
+        assert found[name][5].split(" (")[0] == f"{iqm:.2f}" and found[name][6] == f"{above}"
+    pairs = np.mean([x[i] > sac[j] for i in range(3) for j in range(2)])
+    assert found["SAC here"][7].split(" (")[0] == f"{pairs:.2f}" and "one seed" in found["MEow here"][7]
+    low, high = map(float, re.findall(r"[\d.]+", found["SAC here"][5])[1:])
+    assert low < float(found["SAC here"][5].split(" (")[0]) < high and [found["SAC here"][k] for k in (2, 4)] == [
+        "3",
+        "2",
+    ]
+
+
 def test_goals_by_alpha():
     """Of all seeds together, of the rollouts that reach a goal; an algorithm without rows at a temperature is blank."""
     lines = [("1", "a", "1 / 0 / 1"), ("1", "a", "3 / 3 / 0"), ("2", "b", "0 / 5 / 0"), ("2", "optimum", "0 / 0 / 0")]
