@@ -2,7 +2,7 @@
 
     python meow_plus_continuous_action.py --env-id Ant-v4
 
-MEow is of Chao et al., https://arxiv.org/abs/2405.13629, and in meow_continuous_action.py; the changes are this
+MEow (Chao et al., https://arxiv.org/abs/2405.13629) is meow_continuous_action.py; loss, nets and scales are this
 project's. Q = V + alpha log pi has to fit every replayed action. Far below V it makes no difference to V how low Q is:
 the loss (7) leaves out an action whose Q and y are both there. B: batch, O: observation, D: action.
 
@@ -15,8 +15,8 @@ the loss (7) leaves out an action whose Q and y are both there. B: batch, O: obs
     (7)  L = mean w_i (Q_i(s,a) - y)^2,  w_i = 1 where log pi(a|s) >= -kappa; elsewhere
          w_i = 0 if y < V_i(s) - kappa alpha, else min(1, kappa alpha / |Q_i(s,a) - y|); no gradient of w_i
 
-The nets of s have LayerNorm, observations are standardized, alpha is in root mean squares of the rewards. b learns
-faster than couplings and sigma, the policy, so that the noise of y moves b first.
+The nets of s have LayerNorm, observations are standardized, alpha is --alpha times the root mean square of the replayed
+rewards. b has a larger step size than couplings and sigma, the policy. (7) has dropout in the couplings.
 """
 
 import collections
@@ -73,9 +73,9 @@ class Args:
     checkpoint_frequency: int = 10_000  # steps between checkpoints
     # MEow+'s own
     alpha: float = 0.05  # temperature, the weight of the entropy, in root mean squares of the rewards
-    kappa: float = 30.0  # actions with log pi < -kappa count less in the loss, or not at all
+    kappa: float = 30.0  # the loss bounds or leaves out the errors of actions with log pi < -kappa
     learning_rate: float = 1e-3  # Adam's step size for the shift nets
-    flow_learning_rate: float = 3e-4  # and for the couplings and the sigma net, which are the policy
+    flow_learning_rate: float = 3e-4  # Adam's step size for the couplings and the sigma net, the policy
     max_grad_norm: float = 30.0  # the gradient is clipped to this norm
     log_sigma_min: float = -5.0  # lower bound of log sigma(s)
     log_sigma_max: float = -0.3  # upper bound of log sigma(s)
@@ -223,7 +223,7 @@ class AdditiveCoupling(nn.Module):
 
 
 class PlusValue(nn.Module):
-    """All that V depends on: the sigma net and the shift nets b_1, b_2. The target network is a copy of this."""
+    """The sigma net and the shift nets b_1, b_2. The target has copies of these and shares alpha with the agent."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
@@ -284,7 +284,7 @@ class MEowPlus(nn.Module):
         return torch.tanh(z)
 
     def energy(self, obs: torch.Tensor, action: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
-        """The part of log pi(a|s) that depends on a, (B,): equation (1). obs: standardized. keep: (4, 2, B, 64)."""
+        """The bracket of equation (2), (B,): log pi up to a function of s. obs: standardized. keep: (4, 2, B, 64)."""
         action = action.clamp(-1 + 1e-5, 1 - 1e-5)  # V is exact up to the probability beyond: actions_clamped
         log_plus, log_minus = torch.log1p(action), torch.log1p(-action)  # exact near |a| = 1, unlike log(1 - a^2)
         z, log_det = 0.5 * (log_plus - log_minus), -(log_plus + log_minus).sum(-1)  # atanh a, -sum log(1 - a^2)

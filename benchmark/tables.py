@@ -175,11 +175,13 @@ def tables() -> dict[str, str]:
     rows["trial"] = rows["command"].str.extract(r"--exp-name (\S+)", expand=False)
     plain = r"^.*?--exp-name \S+( --(total-timesteps|eval-freq\S+) \d+)* ?"
     rows["flags"] = rows["command"].str.replace(plain, "", regex=True)
-    columns = [f"return_{n}" for n in (20_000, 30_000, 50_000, 90_000, 100_000, 200_000)]
+    columns = [f"return_{n}" for n in (20_000, 30_000, 50_000, 100_000)]
     found["beyond"] = markdown(rows[["trial", "env_id", "commit", "flags", *columns]].to_dict("records"))
     rows = read("beyond_fit", age=["fresh"])
     rows["trial"] = rows["trained"].str.extract(r"--exp-name (\S+)", expand=False).fillna("the script")
-    columns = "trial env_id step v v_rollout rare td_rmse lag entropy".split()
+    v, rollout = (rows[name].astype(float) for name in ("v", "v_rollout"))
+    rows["V is off by"] = ((100 * v / rollout - 100).round() + 0.0).map("{:+.0f}%".format)
+    columns = ["trial", "env_id", "seed", "step", "alpha", "v", "v_rollout", "V is off by", "rare", "td_rmse"]
     found["plus"], found["plus_aggregates"] = plus(), plus_aggregates()
     found["beyond_fit"] = markdown(rows[columns].to_dict("records"))
     timing, one = "update_ms:2 act_ms:3 loop_sps:0", ["1"]

@@ -6,7 +6,7 @@ For runs that were stopped (Ctrl-C), whose buffer.bin is still there. One row fo
 steps and one for all others. V and Q are min_i of the checkpoint's; V^ and Q^ the discounted soft returns of rollouts
 of its policy, Q^(s, a) from the replayed action, V^(s) from an own one (`own`) less alpha log pi of it.
 
-    v, v_rollout            V(s), V^(s): above it, V is overestimated
+    v, v_rollout, v_error   V(s), V^(s): above it, V is overestimated; standard error of V - V^
     v_rmse                  root of the mean of (V - V^)^2: the error of b, with the rollouts' noise in it
     advantage, advantage_rollout    alpha log pi(a|s) = Q - V of the replayed actions, and Q^ - V^
     gain, gain_rollout      Q(s, own) - Q(s, replayed), and Q^'s; gain_error its standard error
@@ -34,7 +34,7 @@ class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]]  # folders of stopped runs
     csv: Path = Path("runs/fit.csv")  # table to append to
     states: int = 80  # replayed states from which rollouts start
-    horizon: int = 300  # steps of a rollout; 0.99^300 = 0.05
+    horizon: int = 600  # steps of a rollout; 0.99^600 = 0.002 of a constant reward is left out
     fresh: int = 10_000  # steps
     seed: int = 0  # of the draws of transitions and actions
 
@@ -94,6 +94,7 @@ def measure(run: Path, args: Args) -> list[dict]:
         q_hat, own_hat = q_rollout(obs, replayed), q_rollout(obs, own)
         v_hat, log_prob = own_hat - alpha * agent.log_prob(obs, own).numpy(), agent.log_prob(batch.obs, batch.actions)
         row = dict(env_id=trained.env_id, algorithm=checkpoint["algorithm"], seed=trained.seed, step=step, age=age)
+        row |= dict(horizon=args.horizon, v_error=(v - v_hat).std() / len(v) ** 0.5)
         row |= dict(v=v.mean(), v_rollout=v_hat.mean(), v_rmse=np.square(v - v_hat).mean() ** 0.5)
         row |= dict(advantage=(q - v).mean(), advantage_rollout=(q_hat - v_hat).mean(), gain=(q_own - q).mean())
         row |= dict(gain_rollout=(own_hat - q_hat).mean(), gain_error=(own_hat - q_hat).std() / len(q) ** 0.5)
