@@ -4,8 +4,8 @@ Mazoure et al., "Leveraging exploration in off-policy algorithms via normalizing
 
     python sac_nf_continuous_action.py --env-id Ant-v4
 
-From SAC it differs in the policy's family alone; from MEow in the objective: two losses and a soft value from samples,
-not one loss and an exact soft value. B: batch, O: observation, D: action.
+From SAC it differs in the policy's family alone; from MEow in SAC's objective and settings: two losses and a soft value
+from samples, not one loss and an exact soft value. B: batch, O: observation, D: action.
 
     (1)  z ~ N(mu(s), sigma(s)^2),  z <- z + (1 - b_k) t_k(b_k z, s) for k = 1 to 4,  a = tanh(z)  FlowActor.forward
     (2)  log pi(a|s) = log N(z at the start) - sum log(1 - a^2)                                    FlowActor.forward
