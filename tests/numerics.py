@@ -72,8 +72,11 @@ def update_of(module, agent, args, obs_dim: int = 0):
     return step, learner
 
 
+CRITIC = ("qf_loss", "qf1_loss", "qf2_loss", "qf1_values", "qf2_values", "target_values", "grad_norm")
+
+
 def critic_step(reference, optimizer, batch, y: torch.Tensor, max_norm: float = 1e9) -> list[torch.Tensor]:
-    """A textbook step of both Q on the targets y (B,). Returns the metrics that all scripts log of it."""
+    """A textbook step of both Q on the targets y (B,). Returns its metrics, CRITIC."""
     q, parameters = reference.q(batch.obs, batch.actions), optimizer.param_groups[0]["params"]
     loss = torch.nn.functional.mse_loss(torch.cat([q[:, 0], q[:, 1]]), torch.cat([y, y]))
     optimizer.zero_grad()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from lives import MODULES, SCRIPTS, Life, check_rows, flags, folder_of, refused, rows_of, run, scalars, steps_of
 
@@ -117,6 +118,31 @@ def test_stopped_within_a_second_and_resumed(tmp_path, script, place, number):
     (cwd / "mended").touch()
     run(script, *shlex.split(command)[1:], cwd=cwd)
     check_finished(script, cwd, kept, total, starts, 150)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_resumed_run_has_the_learner_that_was_saved(tmp_path, monkeypatch, script):
+    """Stopped in its ninth update, and again in the first one after --resume: nets, target, Adam and best return."""
+    module, calls, saved = MODULES[script], itertools.count(), []
+    sample = module.ReplayBuffer.sample
+
+    def stopping(self, n: int):
+        if next(calls) in (8, 9):
+            raise KeyboardInterrupt
+        return sample(self, n)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module.ReplayBuffer, "sample", stopping)
+    argv = flags(script, utd=1, total_timesteps=200, eval_frequency=50)
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            module.train(module.parse_args(argv))
+        saved.append(torch.load(folder_of(tmp_path) / "checkpoint.pt", weights_only=True))
+        argv = ["--resume", str(folder_of(tmp_path)), "--device=cpu", "--compile=off"]
+    assert saved[0].pop("args").keys() == saved[1].pop("args").keys()
+    assert saved[0]["run"] == saved[1]["run"] == (108, 15.0, {})
+    for x, y in zip(*map(tree_leaves, saved), strict=True):
+        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 
 
 def test_stopped_while_it_compiles(tmp_path):

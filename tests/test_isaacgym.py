@@ -10,11 +10,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fake_simulators as fake
 import meow_isaacgym as meow
@@ -80,13 +82,39 @@ def test_what_reaches_the_buffer(stand_ins, buffers, script, sim, env_id):
     assert any(d for *_, d in rows) and any(t == fake.LIMIT and not d for _, _, t, d in rows)
 
 
-def test_rates_of_the_loop(stand_ins):
-    """benchmark.parallel: a row for each algorithm, whose parts are shares of the whole."""
+def test_rates_of_the_loop(stand_ins, monkeypatch):
+    """benchmark.parallel: a row for each algorithm, whose parts are shares of the whole. Here the simulator takes the time."""
+    step = fake.LabEnv.step
+    monkeypatch.setattr(fake.LabEnv, "step", lambda self, actions: time.sleep(0.005) or step(self, actions))
+    [monkeypatch.setattr(script, "make_update", lambda *args: (lambda: None, None, None)) for script in (meow, sac)]
     sim = dict(sim="isaaclab", env_id="Isaac-Fake-v0", device="cpu", compile="off")
     rows = parallel.measure(parallel.Args(Path("unused.csv"), steps=20, **sim), 6)
     assert [row["algo"] for row in rows] == ["meow", "sac"]
     assert all(row["steps_per_s"] == pytest.approx(6 * row["updates_per_s"], rel=0.02) for row in rows)
+    assert all(row["simulator_share"] > 0.5 and 0 < row["steps_per_s"] < 6 / 0.005 for row in rows)
     assert all(sum(row[f"{part}_share"] for part in parallel.PARTS) == pytest.approx(1, abs=0.01) for row in rows)
+
+
+def test_distance_walked(monkeypatch, tmp_path):
+    """benchmark.parallel: robots that walk 0.5 and -1 a step and fall after 3 and 5 steps, from position 9."""
+
+    class Sim:
+        def reset(self, seed):
+            assert seed == meow.EVAL_SEED
+            self.t, self.obs, self.metrics = 0, torch.zeros(2, 4), {}
+
+        def step(self, actions):
+            self.t += 1
+            self.metrics["x_position"] = 9 + 0.5 * self.t * np.array([1, -2])
+            fallen = torch.tensor([self.t == 3, self.t == 5])
+            return None, torch.ones(2), fallen, torch.zeros(2, dtype=torch.bool), torch.ones(2, dtype=torch.bool)
+
+    torch.save(dict(algorithm="meow_isaacgym", run=(60, 0, {}, 0)), tmp_path / "checkpoint.pt")
+    agent = SimpleNamespace(standardizer=lambda x: x, sample=lambda obs, flag: obs)
+    monkeypatch.setattr(meow, "load_agent", lambda path: (agent, SimpleNamespace(num_envs=2)))
+    monkeypatch.setattr(meow, "make_sim", lambda args, seed: Sim())
+    found = parallel.walk(tmp_path)
+    assert found == {"step": 60, "return": 4.0, "length": 4.0, "distance": (2 * 0.5 - 4 * 1.0) / 2}
 
 
 @pytest.mark.parametrize("sim, env_id", SIMS)
@@ -252,6 +280,27 @@ def test_each_visited_observation_counts_once(stand_ins, monkeypatch):
     robots = np.concatenate([batch.obs[:, 0].numpy() for batch in batches])
     raw = robots * 35**0.5 / 12**0.5 + 2.5  # six environments, each visited as often: mean 2.5, variance 35 / 12
     np.testing.assert_allclose(raw, raw.round(), atol=1e-4)
+
+
+@each_script
+def test_acts_on_standardized_observations(stand_ins, monkeypatch, script):
+    """By the statistics of all so far; the first actions are uniform, later ones the policy's."""
+    seen, visited, update = [], [], script.Standardizer.update
+
+    def sample(self, obs, deterministic=False):
+        seen.append(obs.numpy().copy())
+        return torch.tanh(obs[:, :2])
+
+    monkeypatch.setattr(script.Agent, "sample", sample)
+    monkeypatch.setattr(script.Standardizer, "update", lambda s, x: visited.append(x.numpy().copy()) or update(s, x))
+    script.train(args_of(script, 60, sim="isaaclab", env_id="Isaac-Fake-v0"))
+    told = np.stack(fake.made[-1].actions[:60])  # (60, 6, 2)
+    for k in range(60):
+        so_far = np.concatenate(visited[: k + 1]).astype(float)
+        expected = ((visited[k] - so_far.mean(0)) / np.maximum(so_far.std(0), 1e-4)).clip(-5, 5)
+        np.testing.assert_allclose(seen[k], expected, rtol=1e-4, atol=1e-4)
+        assert k < 20 or np.allclose(told[k], np.tanh(seen[k][:, :2]))
+    assert told[:20].min() < -0.9 and told[:20].max() > 0.9 and abs(told[:20].mean()) < 0.2
 
 
 def test_updates_for_each_step(stand_ins, monkeypatch):
@@ -490,6 +539,31 @@ def test_stopped_and_resumed(stand_ins, buffers, monkeypatch, capsys, script, si
     assert not (folder / "buffer.bin").exists() and (folder / "args-from-204.json").is_file()
     with pytest.raises(SystemExit, match="no buffer.bin; finished"):
         script.train(script.parse_args(["--resume", str(folder), "--device=cpu"]))
+
+
+@each_script
+def test_a_resumed_run_has_the_learner_that_was_saved(stand_ins, monkeypatch, script):
+    """Stopped in its ninth update, and again in the first one after --resume."""
+    calls, saved, sample = itertools.count(), [], script.ReplayBuffer.sample
+
+    def stopping(self, n: int):
+        if next(calls) in (8, 9):
+            raise KeyboardInterrupt
+        return sample(self, n)
+
+    monkeypatch.setattr(script.ReplayBuffer, "sample", stopping)
+    args = args_of(script, 130)
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            script.train(args)
+        (folder,) = Path().glob("runs/*")
+        saved.append(torch.load(folder / "checkpoint.pt", weights_only=True))
+        args = script.parse_args(["--resume", str(folder), "--device=cpu", "--compile=off"])
+    assert saved[0]["run"] == saved[1]["run"]
+    for each in saved:
+        del each["args"], each["agent"]["standardizer.sums"]  # which has seen the start of the new episodes
+    for x, y in zip(*map(tree_leaves, saved), strict=True):
+        assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

@@ -179,6 +179,7 @@ def test_update_against_plain_pytorch(module, clipped):
         assert expected[-1] > 0.5  # clipping is in force
         numerics.polyak(reference, reference_target, 0.1)
         torch.testing.assert_close(stats, torch.stack(expected), check_dtype=False, rtol=1e-6, atol=1e-7)
+    assert module.METRICS == numerics.CRITIC
     pairs = (agent, reference), (learner["target"], reference_target.value)
     numerics.assert_same_parameters(*pairs, rtol=1e-9, atol=1e-12)
 
@@ -214,6 +215,7 @@ def test_dropout_masks(monkeypatch):
     first, second, again = (torch.stack(seen[k : k + 4]) for k in (0, 4, 8))  # (4, 2, 256, 64)
     assert first.shape == (4, 2, 256, 64) and torch.equal(first, again) and not torch.equal(first, second)
     assert set(first.unique().tolist()) == {0.0, torch.tensor(1 / 0.9).item()}
+    assert not any(torch.equal(first[i], first[j]) for i in range(4) for j in range(i))  # of each coupling its own
     share = (first == 0).double().mean().item()
     assert abs(share - 0.1) < 4 * (0.1 * 0.9 / first.numel()) ** 0.5
     for k in (1, 2, 32):  # two units share 32 drawn bits
@@ -225,6 +227,25 @@ def test_dropout_masks(monkeypatch):
     assert torch.equal(agent.q(obs, action), agent.q(obs, action))
     assert not torch.allclose(agent.q(obs, action, first), agent.q(obs, action))
     assert torch.equal(agent.q(obs, action, torch.ones_like(first)), agent.q(obs, action))
+
+
+def test_mlp_by_hand():
+    """Linear, LayerNorm, Swish x / (1 + exp(-beta x)), dropout mask, twice; then linear."""
+    torch.manual_seed(0)
+    net = randomize(meow.MLP(5, 64, 3, norm=True).double())
+    x, keep = torch.randn(7, 5, dtype=torch.float64), (torch.rand(2, 7, 64) > 0.3).double() / 0.7
+    h = x
+    for k in (0, 1):
+        h = torch.nn.functional.layer_norm(net.linears[k](h), (64,), net.norms[k].weight, net.norms[k].bias)
+        h = h / (1 + (-net.betas[k] * h).exp()) * keep[k]
+    torch.testing.assert_close(net(x, keep), net.linears[2](h))
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_clamp_is_where_the_pages_say(sign):
+    a = sign * torch.tensor([[1.0], [1 - 9e-6], [1 - 1.1e-5]], dtype=torch.float64)
+    p = random_agent(3, 1).log_prob(torch.ones(3, 3, dtype=torch.float64), a)
+    assert p[0] == p[1] != p[2]
 
 
 def test_nets_are_the_papers():
@@ -254,7 +275,11 @@ def test_share_of_actions_beyond_the_clamp():
     obs = torch.randn(512, 4, dtype=torch.float64)
     metrics = agent.policy_metrics(obs)
     assert metrics["actions_clamped"] == 0
-    assert abs(metrics["entropy"] + agent.log_prob(obs, agent.sample(obs)).mean()) < 0.2
+    for each in (agent, random_mixture(4, 2)):
+        torch.manual_seed(0)
+        found = each.policy_metrics(obs)["entropy"]
+        torch.manual_seed(0)
+        torch.testing.assert_close(found, -each.log_prob(obs, each.sample(obs)).mean())
     agent.couplings[3].net.linears[2].bias.fill_(30.0), agent.couplings[2].net.linears[2].bias.fill_(30.0)
     assert agent.policy_metrics(obs)["actions_clamped"] > 0.9
 

@@ -69,6 +69,18 @@ def test_log_prob_jacobian(action_dim):
     torch.testing.assert_close(agent.log_prob(obs, action)[inside], expected[inside], rtol=0, atol=1e-7)
 
 
+def test_nets_of_the_state():
+    """sigma: O-64-64-D, shifts: O-256-256-1, LayerNorm, orthogonal hidden weights, zero weights at the end."""
+    value = plus.MEowPlus(11, 3, plus.Args()).value
+    for net, hidden, out in [(value.sigma_net, 64, 3)] + [(b, 256, 1) for b in value.shift_nets]:
+        shapes = [tuple(linear.weight.shape) for linear in net.linears]
+        assert shapes == [(hidden, 11), (hidden, hidden), (out, hidden)]
+        assert all(isinstance(norm, torch.nn.LayerNorm) for norm in net.norms)
+        weight = net.linears[1].weight
+        torch.testing.assert_close(weight @ weight.T, torch.eye(hidden), atol=1e-5, rtol=0)
+        assert (net.linears[2].weight == 0).all()
+
+
 @torch.no_grad()
 def test_statistics_are_those_of_all_batches():
     """Of the observations and of the rewards; later the weights of the batches fall by 1 / 1000."""
@@ -108,7 +120,7 @@ def test_update_against_plain_pytorch(kappa):
         batch = random_batch(plus, 64, 6, 2)
         stats = update(batch)
         for each in (reference, target):
-            each.load_state_dict(dict(agent.named_buffers()), strict=False)  # held by test_statistics
+            each.observe(batch)  # held by test_statistics
         with torch.no_grad():
             v, next_v = reference.v(batch.obs), target.v(batch.next_obs).min(-1).values
             y = batch.rewards[:, 0] + torch.where(batch.terminations[:, 0] == 1, 0.0, 0.9 * next_v)
@@ -130,6 +142,7 @@ def test_update_against_plain_pytorch(kappa):
         pulled += ((0 < weights) & (weights < 1)).sum()
         expected = [(losses[0] + losses[1]) / 2, *losses, *q.mean(0), y.mean(), left_out[-1], norm]
         torch.testing.assert_close(stats, torch.stack(expected).detach(), check_dtype=False, rtol=1e-6, atol=1e-7)
+    assert plus.METRICS == (*numerics.CRITIC[:-1], "left_out", "grad_norm")
     assert (0.05 < min(left_out) and pulled > 10) if kappa == 2 else max(left_out) == pulled == 0
     numerics.assert_same_parameters((agent, reference), (learner["target"], target.value), rtol=1e-9, atol=1e-12)
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -177,6 +178,26 @@ def test_rollout_agrees_with_the_environment():
     np.testing.assert_allclose(rollouts.paths[0], path, atol=1e-5)
     assert rollouts.returns[0] == pytest.approx(total, rel=1e-6) and rollouts.lengths[0] == len(path) - 1
     assert rollouts.goals[0] == info["goal"] and rollouts.hits[0] == hits and hits
+
+
+def test_measure_is_the_distance_to_the_optimum(monkeypatch):
+    """Of the optimum itself with a constant error, and far off where it must not count: in goals and at the edge."""
+    env, rng = gym.make(THREE), np.random.default_rng(0)
+    best = multigoal.soft_value_iteration(env, 10.0, 0.8, states=29)
+    monkeypatch.setattr(multigoal, "optimum_of", lambda *_: best)
+    monkeypatch.setitem(multigoal.STATES, THREE, multigoal.STATES[THREE][:1])  # of the KL: one is enough
+
+    def v(obs: torch.Tensor) -> torch.Tensor:
+        x = obs.numpy().astype(float)
+        away = (np.linalg.norm(x[:, None] - env.unwrapped.goals, axis=-1).min(-1) < 0.5) | (np.abs(x).max(-1) > 5.5)
+        return torch.from_numpy((best.v(x) + 1e3 * away)[:, None] + [3.0, 5.0])
+
+    agent = SimpleNamespace(v=v, sample=lambda obs: torch.from_numpy(best.policy(obs.numpy(), rng)))
+    for flag, off in (({}, 3.0), (dict(clipped_double_q=False), 4.0)):
+        trained = SimpleNamespace(env_id=THREE, alpha=10.0, gamma=0.8, **flag)
+        found = multigoal.measure(agent, trained, env, 20)
+        assert found.rmse == pytest.approx(off, abs=1e-3) and found.kl.mean() < 0.05
+        assert found.v_origin - found.optimum_origin == pytest.approx(off, abs=1e-3)
 
 
 def test_picture_of_a_checkpoint(tmp_path, monkeypatch):

@@ -394,4 +394,10 @@ def test_update_against_plain_pytorch(variant):
         numerics.polyak(reference.qf, target, 0.1)
         expected = torch.stack([*expected, actor_loss.detach(), stein_norm])
         torch.testing.assert_close(metrics, expected, rtol=1e-8, atol=1e-10)
+    assert s2ac.METRICS == (*numerics.CRITIC, "actor_loss", "stein_norm")
+    torch.manual_seed(0)
+    entropy_logged = agent.policy_metrics(batch.obs)["entropy"]
+    torch.manual_seed(0)
+    assert entropy_logged == -agent.policy(batch.obs)[1].mean()
+    assert s2ac.S2AC(6, 2, s2ac.Args(variant=variant)).steps == (20 if variant == "phi" else 3)  # L, the paper's
     numerics.assert_same_parameters((agent, reference), (learner["target"], target), atol=1e-10)

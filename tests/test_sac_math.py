@@ -148,6 +148,11 @@ def test_update_against_plain_pytorch(autotune, shift):
         if n % 2 == 0:
             actor_part = [actor_loss.detach(), alpha_loss.detach(), torch.tensor(before)]
         torch.testing.assert_close(stats, torch.stack([*expected, *actor_part]), rtol=1e-9, atol=1e-10)
+    assert sac.METRICS == (*numerics.CRITIC, "actor_loss", "alpha_loss", "alpha")
+    torch.manual_seed(0)
+    entropy = agent.policy_metrics(batch.obs)["entropy"]
+    torch.manual_seed(0)
+    torch.testing.assert_close(entropy, -agent.sample_with_log_prob(batch.obs)[1].mean())
     assert agent.log_alpha.item() == pytest.approx(reference.log_alpha.item(), rel=1e-9)
     assert (abs(agent.log_alpha.exp().item() - 0.3) > 1e-4) == autotune
     numerics.assert_same_parameters((agent, reference), (learner["target"], target))

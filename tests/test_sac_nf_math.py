@@ -1,5 +1,7 @@
 """SAC-NF's actor against computations that share no code with it. Its update is SAC's text (test_parity.py)."""
 
+import math
+
 import pytest
 import torch
 
@@ -48,6 +50,24 @@ def test_with_identity_couplings_it_is_sacs_actor():
     obs, noise = torch.randn(64, 5), torch.randn(64, 3)
     for mine, theirs in zip(agent.actor(obs, noise), gaussian(obs, noise), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6)
+
+
+def test_v_and_q_by_hand():
+    """V_i of M actions: mean of Q_i - alpha log pi, Q of two nets; entropy: mean of -log pi; names of metrics."""
+    agent = random_agent(4, 2)
+    agent.log_alpha.data.fill_(-1.0)
+    obs, total = torch.randn(3, 4, dtype=torch.float64), 0
+    torch.manual_seed(1)
+    v = agent.v(obs, samples=5)
+    torch.manual_seed(1)
+    for action, log_prob in zip(*agent.sample_with_log_prob(obs.expand(5, -1, -1)), strict=True):
+        q = torch.stack([net(torch.cat([obs, action], -1))[:, 0] for net in agent.qf.nets], -1)
+        total = total + (q - math.exp(-1) * log_prob[:, None]) / 5
+    torch.testing.assert_close(v, total)
+    torch.manual_seed(1)
+    entropy = agent.policy_metrics(obs)["entropy"]
+    torch.manual_seed(1)
+    assert entropy == -agent.sample_with_log_prob(obs)[1].mean() and sac_nf.METRICS == sac.METRICS
 
 
 @pytest.mark.parametrize("action_dim", [1, 2, 3])

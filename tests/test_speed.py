@@ -75,13 +75,13 @@ def test_every_update_draws_fresh_noise(learner, script):
         assert not torch.equal(ends[0], ends[2])
 
 
-@pytest.mark.parametrize("name", ["meow", "sac", "sql"])
+@pytest.mark.parametrize("name", ["meow", "meow_plus", "sac", "sql"])
 def test_compiled_is_eager(learner, name):
     """Parameters, targets, Adam's moments and metrics after 20 updates, and the deterministic actions."""
     ends = []
     for compile in ("on", "off"):
         script = f"{name}_continuous_action.py"
-        own = dict(dropout=0.1) if name == "meow" else {}
+        own = dict(dropout=0.1) if "meow" in name else {}
         agent, _, args, update, metrics, parts = learner(script, torch.float64, compile=compile, **own)
         torch.manual_seed(1)
         for _ in range(20):

@@ -165,4 +165,5 @@ def test_update_against_plain_pytorch():
         sampler_optimizer.step()
         numerics.polyak(reference.qf, target, 0.1)
         torch.testing.assert_close(metrics, torch.stack([*expected, phi.norm(dim=-1).mean()]))
+    assert sql.METRICS == (*numerics.CRITIC, "stein_norm")
     numerics.assert_same_parameters((agent, reference), (learner["target"], target))
