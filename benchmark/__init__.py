@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -52,7 +53,7 @@ def facts(device: str = "cpu", threads: bool = True) -> dict[str, str]:
     spec = sys.modules["__main__"].__spec__
     script = ["python", "-m", spec.name] if spec else [sys.argv[0]]
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     command = shlex.join([*script, *sys.argv[1:]])
     return dict(commit=commit, machine=f"{', '.join(machine)}; {versions}", command=command)
 

@@ -26,7 +26,6 @@ import tyro
 from rliable import library, metrics
 
 from benchmark import NAMES, UserError, colors, exit_code, markdown, panels, save_picture, scalars, word_of
-from benchmark.run import run_folders
 
 COLUMNS = ["step", "return", "SPS", "seed", "commit", "machine", "command"]
 PLAIN = "env-id seed exp-name total-timesteps total-steps device compile torch-deterministic track capture-video resume"
@@ -62,8 +61,9 @@ def describe(command: str) -> tuple[str, str, frozenset[str]]:
         else:
             flags[name].append(each)
     word = f"sb3:{' '.join(flags.pop('algo', ['sac']))}" if word == "sb3" else word
+    default = "ant" if words[0].endswith("_isaacgym.py") else "Hopper-v4"
     own = {" ".join([name, *values]) for name, values in flags.items() if name.removeprefix("no-") not in PLAIN}
-    return NAMES.get(word, word), " ".join(flags.get("env-id", ["Hopper-v4"])), frozenset(own)
+    return NAMES.get(word, word), " ".join(flags.get("env-id", [default])), frozenset(own)
 
 
 def local(command: str) -> str:
@@ -85,10 +85,7 @@ def curve(run: Path) -> list[dict]:
 
 
 def folders_of(path: Path) -> list[Path]:
-    """Run folders of a grid, of one that still runs too, or below a folder, without what a grid set aside."""
-    if (path / "grid.json").exists():
-        cells = json.loads((path / "grid.json").read_text())["cells"]
-        return [run for cell in cells for run in run_folders(path / cell["name"])]
+    """Run folders below a folder, of a grid too, without what a grid set aside."""
     found = (file.parent for file in path.rglob("args.json"))
     return sorted(run for run in found if not re.search("/abandoned-[0-9]+/", str(run)))
 
@@ -119,9 +116,9 @@ def load(paths: tuple[Path, ...]) -> tuple[pd.DataFrame, list[str], list[str]]:
     rows["variant"] = rows["command"].map(lambda c: ", ".join(sorted(about[c][2] - shared)))
     rows["method"] = (rows["algorithm"] + " " + rows["variant"]).str.strip()
     same, rank = ["method", "env_id", "seed"], {name: i for i, name in enumerate(NAMES.values())}
-    rows["last"] = rows.groupby([*same, "source"])["step"].transform("max")
-    chosen = rows["last"] == rows.groupby(same)["last"].transform("max")
-    left_out = [f"{source} (a longer run is here)" for source in rows["source"][~chosen].unique()]
+    longest = rows.groupby(same)["step"].transform("idxmax")
+    chosen = rows["source"] == rows["source"][longest].to_numpy()
+    left_out = [f"{source} (another run, as long or longer, is here)" for source in rows["source"][~chosen].unique()]
     rows = rows[chosen].drop_duplicates([*same, "step"], keep="last")
     rows = rows.assign(rank=rows["algorithm"].map(lambda name: rank.get(name, 99)))
     return rows.sort_values(["rank", *same, "step"], ignore_index=True), sorted(shared), left_out
@@ -166,8 +163,12 @@ def final(rows: pd.DataFrame, step: int) -> pd.Series:
 
 
 def last_step(rows: pd.DataFrame) -> int:
-    """The last step that all runs have reached."""
-    return rows.groupby(["method", "seed"])["step"].max().min()
+    """The last step that all runs have reached. Raises UserError if a run has no evaluation up to there."""
+    steps = rows.groupby(["method", "seed"])["step"].agg(["min", "max"])
+    if steps["min"].max() > (last := steps["max"].min()):
+        late = ", seed ".join(map(str, steps["min"].idxmax()))
+        raise UserError(f"{late}: no evaluation up to step {last}, where another run ends")
+    return last
 
 
 class Page:

@@ -147,7 +147,7 @@ def next_command(here: Path, cell: dict) -> list[str] | None:
         if evaluations and evaluations[-1].step >= args.get("total_timesteps", math.inf):
             return None
         if (run / "checkpoint.pt").exists():
-            return [*script, "--resume", str(run.relative_to(here))]
+            return [*script, "--resume", str(run.relative_to(here)), *cell["flags"]]
     if (here / "runs").exists():
         (here / "runs").rename(here / f"abandoned-{len(list(here.glob('abandoned-*'))) + 1}")
     return [*script, "--env-id", cell["env_id"], "--seed", str(cell["seed"]), *cell["flags"]]
@@ -219,8 +219,11 @@ def save(folder: Path, cells: dict[str, dict]) -> None:
 def run_grid(folder: Path, cells: dict[str, dict], args: Args) -> int:
     """Run the cells that are not done. Returns the exit code."""
     ray = start_ray()
-    if args.gpu_fraction and not ray.cluster_resources().get("GPU"):
-        raise UserError("--gpu-fraction: Ray finds no GPU")
+    have = ray.cluster_resources()
+    if args.cpus > have.get("CPU", 0) or args.gpu_fraction > have.get("GPU", 0):
+        raise UserError(
+            f"--cpus, --gpu-fraction: Ray finds {have.get('CPU', 0):g} CPUs and {have.get('GPU', 0):g} GPUs"
+        )
     again = dict(max_retries=args.retries, retry_exceptions=[subprocess.CalledProcessError])
     task = ray.remote(run_cell).options(num_cpus=args.cpus, num_gpus=args.gpu_fraction, **again)
     left = [cell for cell in cells.values() if cell["state"] != "done"]

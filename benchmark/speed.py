@@ -179,7 +179,7 @@ def measure(jobs: list[dict], turns: int) -> list[dict]:
                 row["loop_sps"] = sum(each["loop_sps"] for each in timed)
                 about = {key: x for key, x in job.items() if key not in ("device", "seconds")} | dict(turn=turn)
                 rows.append(about | {part: float(f"{x:.4g}") for part, x in row.items()})
-        except EOFError:  # a process is gone
+        except (EOFError, ConnectionError):  # a process is gone
             sys.exit(f"error: {Path(folder, 'log.txt').read_text()[-2000:]}")
         finally:
             for process in processes:

@@ -7,7 +7,6 @@ each [NAME] of benchmark/curves.toml. A score is the mean of a run's last five e
 95% interval of the mean over the seeds; "paper" is the mean of the paper's curve at these steps.
 """
 
-import itertools
 import math
 import re
 from pathlib import Path
@@ -102,6 +101,11 @@ def plus_aggregates() -> str:
     """MEow+ beside others at the same step, over the tasks that MEow+ has there and the seeds that have all of these:
     rliable's interquartile mean of returns by the other's mean, and probability that a run is above the other's."""
     lines, known, rows = [], references()[TEN_SEEDS], curves("plus")
+
+    def told(scores: np.ndarray | tuple, function) -> str:
+        point, ends = confidence(scores, lambda *x: np.array([function(*x)]), 2_000)
+        return f"{point[0]:.2f} ({span(ends[:, 0])})"
+
     for step in (50_000, 100_000, 200_000, 300_000):
         at = rows[rows["step"] == step]
         tasks = [*at.loc[at["method"] == "MEow+", "task"].unique()]
@@ -114,16 +118,11 @@ def plus_aggregates() -> str:
                 continue
             line = dict(step=f"{step:,}", tasks=len(tasks), seeds=len(x)) | {"beside": name}
             line["seeds there"] = len(y) if here else 10
-            iqm = lambda x, y=y: np.array([metrics.aggregate_iqm(x / y.mean(0))])  # noqa: E731
-            point, ends = confidence((x, y) if here else x, iqm, 2_000)
-            line["IQM, 1 is the other"] = f"{point[0]:.2f} ({span(ends[:, 0])})"
+            ratio = lambda x, y=y: metrics.aggregate_iqm(x / y.mean(0))  # noqa: E731
+            line["IQM, 1 is the other"] = told((x, y) if here else x, ratio)
             line["tasks above"] = (x.mean(0) > y.mean(0)).sum()
-            line["probability of improvement"] = ""
-            if here:
-                improvement = lambda x, y: np.array([metrics.probability_of_improvement(x, y)])  # noqa: E731
-                point, ends = confidence((x, y), improvement, 2_000)
-                line["probability of improvement"] = f"{point[0]:.2f} ({span(ends[:, 0])})"
-            lines.append(line)
+            improvement = metrics.probability_of_improvement
+            lines.append(line | {"probability of improvement": told((x, y), improvement) if here else ""})
     return markdown(lines)
 
 
@@ -217,11 +216,9 @@ def draw(name: str) -> None:
     tasks = rows["task"].unique()
     columns = min(3, len(tasks))
     figure, axes = panels(math.ceil(len(tasks) / columns), columns, (4 + 2.6 / columns, 3.2))  # and a legend
-    for ax, task in itertools.zip_longest(axes.flat, tasks):
-        if task is None:
-            ax.remove()
-        else:
-            draw_curves(ax, rows[rows["task"] == task], colors(rows["method"].unique()), task, paper_of)
+    for ax, task in zip(axes.flat, tasks, strict=False):
+        draw_curves(ax, rows[rows["task"] == task], colors(rows["method"].unique()), task, paper_of)
+    [ax.remove() for ax in axes.flat[len(tasks) :]]
     save_picture(figure, ROOT / f"docs/{name}.png")
 
 

@@ -47,7 +47,7 @@ class Args:
     flags: str = ""  # flags of every trial, in quotes: `--flags="--total-timesteps 50000"`
     trials: int = 20  # trials of the study in all
     jobs: int = 2  # trials side by side, one thread each
-    seed: int = 1  # seed of each trial, and of the sampler
+    seed: int = 1  # seed of each trial, and with --jobs 1 of the sampler
     startup_trials: int = 5  # trials that run to their end before any is stopped early, and that are drawn at random
 
 
@@ -68,10 +68,11 @@ def suggest(trial: optuna.Trial, space: tuple[str, ...]) -> list[str]:
 
 def open_study(args: Args) -> optuna.Study:
     """The study in the folder. Raises UserError if it is another."""
-    sampler = optuna.samplers.TPESampler(seed=args.seed, n_startup_trials=args.startup_trials)
     where = dict(storage=JournalStorage(JournalFileBackend(str(args.folder / "study.log"))), load_if_exists=True)
     pruner = optuna.pruners.MedianPruner(n_startup_trials=args.startup_trials)
-    study = optuna.create_study(direction="maximize", study_name="study", sampler=sampler, pruner=pruner, **where)
+    study = optuna.create_study(direction="maximize", study_name="study", pruner=pruner, **where)
+    seed = args.seed + len(study.trials)  # a study that is continued draws others
+    study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=args.startup_trials)
     asked = [args.script, args.env_id, args.flags, str(args.seed), *args.space]
     if (had := study.user_attrs.get("asked", asked)) != asked:
         raise UserError(f"{args.folder} has another study, of {' '.join(had)}")

@@ -23,7 +23,7 @@ import benchmark
 import meow_continuous_action as meow
 import multigoal
 import s2ac_continuous_action as s2ac
-from benchmark import colors, read_csv, run_missing, script_of, speed, write_csv
+from benchmark import UserError, colors, read_csv, run_missing, script_of, speed, write_csv
 from benchmark.studies import densities, entropy, fit, goal_map_optimum, s2ac_actions, value_estimators
 from numerics import action_grid
 
@@ -323,3 +323,9 @@ def test_soft_returns():
     g = 0.9 ** np.arange(6)
     expected = [2 * g[:3].sum() + 2 * g[1:3].sum(), 2 * g[:5].sum() + 2 * g[1:6].sum()]
     np.testing.assert_allclose(found, expected)
+
+
+def test_fit_of_a_finished_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no buffer.bin; expected a run that was stopped"):
+        fit.main(fit.Args((tmp_path,), tmp_path / "fit.csv"))
+    assert not any(tmp_path.iterdir())

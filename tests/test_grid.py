@@ -136,25 +136,27 @@ def cell():
     return dict(name="c", script=FAKE, env_id="Good-v0", flags=["--total-timesteps", "50"], seed=4, state="waiting")
 
 
-def longer(folder: Path) -> None:
+def longer(folder: Path, cell: dict) -> None:
     """The run was to have 80 steps, not 50."""
     (folder / "args.json").write_text((folder / "args.json").read_text().replace("50", "80"))
+    cell["flags"] = ["--total-timesteps", "80"]
 
 
 def test_cell_is_run_once_and_resumed_where_steps_are_left(tmp_path, cell):
     for _ in range(2):
         run.run_cell(tmp_path, cell, 1.0, 0.0)
         assert len(commands(tmp_path, "c")) == 1
-    longer(run.run_folders(tmp_path / "c")[0])
+    longer(run.run_folders(tmp_path / "c")[0], cell)
     run.run_cell(tmp_path, cell, 1.0, 0.0)
-    assert "--resume runs/Good-v0__fake_script__4__" in commands(tmp_path, "c")[1]
+    assert "--resume runs/Good-v0__fake_script__4__" in (again := commands(tmp_path, "c")[1])
+    assert again.endswith("--total-timesteps 80")  # with its flags: --device, say, is not kept by --resume alone
     assert list(steps(tmp_path).values()) == [list(range(10, 81, 10))]
 
 
 def test_run_without_a_checkpoint_starts_anew(tmp_path, cell):
     run.run_cell(tmp_path, cell, 1.0, 0.0)
     (folder,) = run.run_folders(tmp_path / "c")
-    longer(folder)
+    longer(folder, cell)
     (folder / "checkpoint.pt").unlink()
     run.run_cell(tmp_path, cell, 1.0, 0.0)
     assert "--resume" not in commands(tmp_path, "c")[1]

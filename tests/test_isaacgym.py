@@ -83,7 +83,7 @@ def test_what_reaches_the_buffer(stand_ins, buffers, script, sim, env_id):
 
 
 def test_rates_of_the_loop(stand_ins, monkeypatch):
-    """benchmark.parallel: a row for each algorithm, whose parts are shares of the whole. Here the simulator takes the time."""
+    """benchmark.parallel: a row for each algorithm, whose parts are shares of the whole. It is the simulator."""
     step = fake.LabEnv.step
     monkeypatch.setattr(fake.LabEnv, "step", lambda self, actions: time.sleep(0.005) or step(self, actions))
     [monkeypatch.setattr(script, "make_update", lambda *args: (lambda: None, None, None)) for script in (meow, sac)]

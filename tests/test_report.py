@@ -221,6 +221,16 @@ def test_grid_folder(tmp_path):
     assert rows.groupby("seed")["step"].max().to_dict() == {1: 100, 2: 100} and len(left_out) == 1
 
 
+def test_of_two_equally_long_runs_one_is_left_out(tmp_path):
+    one = write(tmp_path / "one.csv", rows_of("sac_continuous_action.py", 1, 40_000, 100))
+    other = write(tmp_path / "other.csv", rows_of("sac_continuous_action.py", 1, 40_000, 900)[1::2])
+    rows, _, left_out = report.load((other, one))
+    assert rows["source"].nunique() == 1 and len(left_out) == 1
+    late = write(tmp_path / "late.csv", rows_of("meow_continuous_action.py", 1, 90_000, 100)[-1:])
+    with pytest.raises(UserError, match="MEow, seed 1: no evaluation up to step 40000"):
+        report.main(report.Args((one, late), tmp_path / "out"))
+
+
 def test_committed_results_can_be_read():
     results = (ROOT / "benchmark" / "results").glob("*.csv")
     files = tuple(path for path in results if {*report.COLUMNS} <= {*pd.read_csv(path, nrows=1)})

@@ -20,13 +20,14 @@ import copy
 import dataclasses
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import tyro
 
-from benchmark import facts, markdown, read_csv, write_csv
+from benchmark import UserError, exit_code, facts, markdown, read_csv, write_csv
 
 
 @dataclasses.dataclass
@@ -65,13 +66,16 @@ def soft_returns(envs: list, agent, alpha: float, gamma: float, actions: torch.T
 
 @torch.no_grad()
 def measure(run: Path, args: Args) -> list[dict]:
+    if not (run / "buffer.bin").exists():
+        raise UserError(f"{run}: no buffer.bin; expected a run that was stopped, not one that has finished")
     checkpoint = torch.load(run / "checkpoint.pt", weights_only=True)
     script = importlib.import_module(checkpoint["algorithm"])
     agent, trained = script.load_agent(run / "checkpoint.pt")
     target, alpha, step = copy.deepcopy(agent.value), float(agent.value.alpha), checkpoint["run"][0]
     target.load_state_dict(checkpoint["target"])
     norm = getattr(agent, "standardize", lambda obs: obs)  # MEow+'s
-    capacity = min(trained.buffer_size, trained.total_timesteps + trained.num_envs)
+    n = trained.num_envs
+    capacity = min(trained.buffer_size, trained.total_timesteps + n) // n * n
     buffer = script.ReplayBuffer(run / "buffer.bin", capacity, *checkpoint["sizes"], "cpu", step)
     torch.manual_seed(args.seed), np.random.seed(args.seed)
     envs = [script.make_env(trained.env_id) for _ in range(args.states)]
@@ -82,11 +86,13 @@ def measure(run: Path, args: Args) -> list[dict]:
         return soft_returns(envs, agent, alpha, trained.gamma, actions, args.horizon)
 
     rows, made = [], json.loads((run / "args.json").read_text())
-    for age, (low, high) in dict(fresh=(max(step - args.fresh, 0), step), old=(0, step - args.fresh)).items():
+    begin, fresh = max(step - capacity, 0), max(step - min(args.fresh, capacity), 0)
+    for age, (low, high) in dict(fresh=(fresh, step), old=(begin, fresh)).items():
         if low >= high:
             continue
-        batch = script.Batch(*buffer.rows[torch.randint(low, high, (4096,))].split(buffer.widths, -1))
-        next_v = target(norm(batch.next_obs)).amin(-1, keepdim=True)
+        batch = script.Batch(*buffer.rows[torch.randint(low, high, (4096,)) % capacity].split(buffer.widths, -1))
+        next_v, clipped = target(norm(batch.next_obs)), getattr(trained, "clipped_double_q", True)
+        next_v = next_v.amin(-1, keepdim=True) if clipped else next_v.mean(-1, keepdim=True)
         y = batch.rewards + trained.gamma * (1 - batch.terminations) * next_v
         obs, replayed = batch.obs[: args.states], batch.actions[: args.states]
         own = agent.sample(obs)
@@ -110,10 +116,11 @@ def measure(run: Path, args: Args) -> list[dict]:
 
 
 def main(args: Args) -> None:
+    """Raises UserError."""
     rows = [row | facts() for run in args.runs for row in measure(run, args)]
     write_csv(args.csv, read_csv(args.csv) + rows)
     print(markdown(rows))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    sys.exit(exit_code(main, Args, __doc__))

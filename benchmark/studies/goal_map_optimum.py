@@ -79,6 +79,8 @@ def measure(run: Path, csv: Path, episodes: int) -> dict:
     if density := re.search(r"densities.py.* --density[ =](\S+)", about["command"]):
         densities.mixture.Agent = densities.DENSITIES[density[1]]
     agent, trained = multigoal.load_policy(run / "checkpoint.pt")
+    if getattr(trained, "autotune", False) or key[0].startswith("meow-plus"):
+        raise UserError(f"{run}: its temperature moves, so the optimum of --alpha is not its own")
     measured = multigoal.measure(agent, trained, gym.make(trained.env_id), episodes)
     best, policy = measured.optimum, multigoal.policy_of(agent)
     repeats = multigoal.repeats_of(agent, policy)
@@ -271,7 +273,11 @@ def paint(ax, key: str, arrays: Mapping[str, np.ndarray], env_id: str, **limits:
 def main(args: Args) -> int:
     """Exit code: 0, or 1 if a run could not be measured. Raises UserError."""
     runs = [run for path in args.paths for run in folders_of(path) if (run / "checkpoint.pt").exists()]
-    jobs = {key: (run, args.csv, args.episodes) for run in runs if (key := key_of(run))[1] in multigoal.MAPS}
+    jobs = {}
+    for run in runs:
+        key = key_of(run)
+        if key[1] in multigoal.MAPS and jobs.setdefault(key, (run, args.csv, args.episodes))[0] != run:
+            print(f"left out: {run}: another run is {', '.join(map(str, key))}, too", file=sys.stderr)
     code = run_missing(measure, jobs, args.csv, KEYS, args.jobs)
     if not args.csv.exists():
         raise UserError(f"no run on a goal map in {', '.join(map(str, args.paths))}, and no {args.csv}")

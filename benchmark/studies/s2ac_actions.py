@@ -25,6 +25,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -65,14 +66,6 @@ def choices(agent: s2ac.S2AC) -> dict[str, Callable[[torch.Tensor], torch.Tensor
     return found
 
 
-def episodes(agent: s2ac.S2AC, act: Callable, args: s2ac.Args) -> np.ndarray:
-    """Returns (E,) of the script's evaluation, with these actions."""
-    agent.sample, saved = lambda obs, deterministic: act(obs), agent.sample
-    returns = s2ac.evaluate(agent, [s2ac.make_env(args.env_id) for _ in range(args.eval_episodes)], args)[0]
-    agent.sample = saved
-    return returns
-
-
 def visited_states(act: Callable, env_id: str, n: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """n of (obs, qpos, qvel) from the episodes of act, a choice, that make the first 5 n or more."""
     env, states, seed = s2ac.make_env(env_id), [], s2ac.EVAL_SEED + 100
@@ -106,8 +99,9 @@ def measure(checkpoint: Path, args: Args) -> list[dict]:
     torch.manual_seed(args.seed), np.random.seed(args.seed)
     step, found, rows = torch.load(checkpoint, weights_only=True)["run"][0], choices(agent), []
     states_of = functools.cache(lambda name: visited_states(found[name], trained.env_id, args.states))
+    envs = [s2ac.make_env(trained.env_id) for _ in range(trained.eval_episodes)]
     for name, act in found.items():
-        returns = episodes(agent, act, trained)
+        returns, _ = s2ac.evaluate(SimpleNamespace(sample=lambda obs, _, act=act: act(obs)), envs, trained)
         row = dict(env_id=trained.env_id, seed=trained.seed, step=step, choice=name)
         row |= {"return": returns.mean(), "std": returns.std()}
         for visited_by in dict.fromkeys(["random", name]) if args.states else [None]:

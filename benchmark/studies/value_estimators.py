@@ -22,7 +22,7 @@ import torch
 import multigoal
 import sac_continuous_action as sac
 import sql_continuous_action as sql
-from benchmark import PALETTE, UserError, exit_code, panels, save_picture, write_csv
+from benchmark import PALETTE, UserError, exit_code, facts, panels, save_picture, write_csv
 
 UNIFORM, GAUSSIAN, OWN = "SQL, uniform actions", "SAC, its Gaussian actor", "SAC, MEow's policy"
 M = [2**k for k in range(11)]
@@ -71,8 +71,7 @@ def train_actor(agent: torch.nn.Module, obs: torch.Tensor, steps: int) -> sac.SA
 def draw_samples(name: str, agent: torch.nn.Module, actor: sac.SAC, obs: torch.Tensor, n: int) -> torch.Tensor:
     """min_i Q_i and log pi (zeros if uniform), (2, n), of n actions at one state (1, O)."""
     pieces = []
-    for start in range(0, n, 8192):
-        repeated = obs.expand(min(8192, n - start), -1)
+    for repeated in obs.expand(n, -1).split(8192):
         actions, log_prob = torch.rand(len(repeated), agent.action_dim) * 2 - 1, torch.zeros(len(repeated))
         if name == GAUSSIAN:
             actions, log_prob = actor.sample_with_log_prob(repeated)
@@ -101,6 +100,7 @@ def main(args: Args) -> None:
     agent, trained = multigoal.load_policy(args.checkpoint)
     if not hasattr(agent, "value"):
         raise UserError(f"{args.checkpoint}: {type(agent).__name__} has no exact soft value; expected MEow's")
+    agent.alpha = float(agent.alpha if hasattr(agent, "alpha") else agent.value.alpha)  # the latter is MEow+'s
     torch.manual_seed(0)
     initial, visited = visited_states(agent, trained.env_id, args.states)
     actor = train_actor(agent, torch.cat([initial, visited]), args.actor_steps)
@@ -120,7 +120,7 @@ def main(args: Args) -> None:
                 row["rmse"] = error.square().mean().sqrt().item()
                 rows.append({k: float(f"{x:.5g}") if isinstance(x, float) else x for k, x in row.items()})
             print(rows[-1], flush=True)
-    write_csv(args.csv, rows)
+    write_csv(args.csv, [row | facts() for row in rows])
     if args.png is not None:
         draw(rows, trained.env_id, args.png)
 
