@@ -1,4 +1,4 @@
-"""MEow+: MEow with a censored loss, normalized nets and one setting for five MuJoCo tasks. Its soft value is exact, too.
+"""MEow+: MEow with a censored loss, normalized nets and one setting for five tasks. Its soft value is exact, too.
 
     python meow_plus_continuous_action.py --env-id Ant-v4
 
